@@ -1,0 +1,162 @@
+//! The desired pod: an immutable, shared view of an API object with the questions the rest of the agent asks of it.
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1 as corev1;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use super::{ContainerKind, PodUid};
+
+/// Who asked for the pod. Written to the sandbox as `kubernetes.io/config.source` (contract P-01).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PodSource {
+    Api,
+    File,
+    Http,
+}
+
+impl PodSource {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::File => "file",
+            Self::Http => "http",
+        }
+    }
+}
+
+/// A desired pod. `managedFields` are dropped on the way in; the API's status is kept only as what the API last said
+/// ([`Pod::api_status`]), never as this node's truth.
+#[derive(Clone)]
+pub struct Pod(Arc<Inner>);
+
+struct Inner {
+    uid: PodUid,
+    metadata: ObjectMeta,
+    spec: corev1::PodSpec,
+    status: corev1::PodStatus,
+    source: PodSource,
+    /// When this agent first saw the pod: annotation `kubernetes.io/config.seen`.
+    seen: Timestamp,
+}
+
+/// One container of a pod with the list it stands in. Ephemeral containers are shown in the shape of a container.
+#[derive(Clone, Copy)]
+pub struct ContainerRef<'a> {
+    pub kind: ContainerKind,
+    pub spec: &'a corev1::Container,
+}
+
+impl<'a> ContainerRef<'a> {
+    pub fn name(&self) -> &'a str {
+        &self.spec.name
+    }
+    /// `spec.containers{name}`: an event's fieldPath (contract P-45).
+    pub fn field_path(&self) -> String {
+        format!("spec.{}{{{}}}", self.kind.field(), self.spec.name)
+    }
+    pub fn image(&self) -> &'a str {
+        self.spec.image.as_deref().unwrap_or_default()
+    }
+}
+
+impl Pod {
+    /// `None` when the object has no UID or no spec: such an object cannot be run or even named.
+    pub fn new(object: corev1::Pod, source: PodSource, seen: Timestamp) -> Option<Self> {
+        let mut metadata = object.metadata;
+        metadata.managed_fields = None;
+        let uid = PodUid::new(metadata.uid.clone()?);
+        let mut spec = object.spec?;
+        spec.containers.shrink_to_fit();
+        let status = object.status.unwrap_or_default();
+        Some(Self(Arc::new(Inner { uid, metadata, spec, status, source, seen })))
+    }
+
+    pub fn uid(&self) -> &PodUid {
+        &self.0.uid
+    }
+    pub fn metadata(&self) -> &ObjectMeta {
+        &self.0.metadata
+    }
+    pub fn spec(&self) -> &corev1::PodSpec {
+        &self.0.spec
+    }
+    /// What the API held when this object was read: the seed of `startTime`, of conditions that others own, of restart counts.
+    pub fn api_status(&self) -> &corev1::PodStatus {
+        &self.0.status
+    }
+    pub fn source(&self) -> PodSource {
+        self.0.source
+    }
+    pub fn seen(&self) -> Timestamp {
+        self.0.seen
+    }
+    pub fn name(&self) -> &str {
+        self.0.metadata.name.as_deref().unwrap_or_default()
+    }
+    pub fn namespace(&self) -> &str {
+        self.0.metadata.namespace.as_deref().unwrap_or("default")
+    }
+    /// `name_namespace(uid)`: how upstream words a pod in messages (contract P-25).
+    pub fn described(&self) -> String {
+        format!("{}_{}({})", self.name(), self.namespace(), self.uid())
+    }
+    pub fn labels(&self) -> &BTreeMap<String, String> {
+        static EMPTY: BTreeMap<String, String> = BTreeMap::new();
+        self.0.metadata.labels.as_ref().unwrap_or(&EMPTY)
+    }
+    pub fn annotations(&self) -> &BTreeMap<String, String> {
+        static EMPTY: BTreeMap<String, String> = BTreeMap::new();
+        self.0.metadata.annotations.as_ref().unwrap_or(&EMPTY)
+    }
+    /// `metadata.generation`, for observedGeneration (contract P-14). 0 when the API does not set it.
+    pub fn generation(&self) -> i64 {
+        self.0.metadata.generation.unwrap_or(0)
+    }
+    pub fn is_static(&self) -> bool {
+        self.0.source != PodSource::Api
+    }
+    pub fn host_network(&self) -> bool {
+        self.0.spec.host_network.unwrap_or(false)
+    }
+    pub fn restart_policy(&self) -> &str {
+        self.0.spec.restart_policy.as_deref().unwrap_or("Always")
+    }
+    pub fn deletion_timestamp(&self) -> Option<Timestamp> {
+        self.0.metadata.deletion_timestamp.as_ref().map(|t| t.0)
+    }
+    /// `metadata.deletionGracePeriodSeconds` once deletion was asked for.
+    pub fn deletion_grace(&self) -> Option<Duration> {
+        self.0.metadata.deletion_grace_period_seconds.map(|s| Duration::from_secs(s.max(0) as u64))
+    }
+    /// `spec.terminationGracePeriodSeconds`, 30 s when unset (API default).
+    pub fn termination_grace(&self) -> Duration {
+        Duration::from_secs(self.0.spec.termination_grace_period_seconds.unwrap_or(30).max(0) as u64)
+    }
+
+    /// Init containers and sidecars in spec order, each with its own kind.
+    pub fn init_containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
+        self.0.spec.init_containers.iter().flatten().map(|spec| {
+            let sidecar = spec.restart_policy.as_deref() == Some("Always");
+            ContainerRef { kind: if sidecar { ContainerKind::Sidecar } else { ContainerKind::Init }, spec }
+        })
+    }
+    /// Main containers in spec order.
+    pub fn main_containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
+        self.0.spec.containers.iter().map(|spec| ContainerRef { kind: ContainerKind::Main, spec })
+    }
+    /// Init containers, sidecars and mains: start order.
+    pub fn containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
+        self.init_containers().chain(self.main_containers())
+    }
+    pub fn container(&self, name: &str) -> Option<ContainerRef<'_>> {
+        self.containers().find(|c| c.name() == name)
+    }
+}
+
+impl fmt::Debug for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.described())
+    }
+}

@@ -1,1 +1,23 @@
-pub fn x() {}
+//! rkubelet: the Kubernetes node agent. Each room opens with what it is for; `docs/architecture.md` shows the way of a pod.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod containers;
+pub mod cri;
+pub mod events;
+pub mod images;
+pub mod logs;
+pub mod network;
+pub mod node;
+pub mod pod_status;
+pub mod pod_worker;
+pub mod pods;
+pub mod probes;
+pub mod quantity;
+pub mod resources;
+pub mod server;
+pub mod telemetry;
+pub mod time;
+pub mod volumes;
+pub mod wake;

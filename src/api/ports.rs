@@ -1,0 +1,94 @@
+//! What other rooms see of the apiserver.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+
+use crate::pods::{Pod, PodUid};
+
+/// Why an object cannot be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ApiError {
+    /// Worded as upstream: `configmap "x" not found`.
+    #[error("{kind} \"{name}\" not found")]
+    NotFound { kind: &'static str, name: String },
+    #[error("{kind} \"{name}\" is forbidden: {message}")]
+    Forbidden { kind: &'static str, name: String, message: String },
+    /// The apiserver did not answer, or with an error that may pass.
+    #[error("{message}")]
+    Unavailable { message: String },
+}
+
+/// A configMap's content.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ConfigMapData {
+    pub data: BTreeMap<String, String>,
+    pub binary_data: BTreeMap<String, Vec<u8>>,
+    pub immutable: bool,
+}
+
+/// A secret's content. Its `Debug` shows key names only.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct SecretData {
+    pub type_: String,
+    pub data: BTreeMap<String, Vec<u8>>,
+    pub immutable: bool,
+}
+
+impl fmt::Debug for SecretData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SecretData").field("type_", &self.type_).field("keys", &self.data.keys()).finish()
+    }
+}
+
+/// What a projected `serviceAccountToken` source asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct TokenSpec {
+    /// Empty: the apiserver's own audience.
+    pub audience: String,
+    pub expiration_seconds: i64,
+}
+
+/// A bound token. Its `Debug` never shows it.
+#[derive(Clone)]
+pub struct ServiceAccountToken {
+    pub token: String,
+    pub issued: Timestamp,
+    pub expires: Timestamp,
+}
+
+impl fmt::Debug for ServiceAccountToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServiceAccountToken").field("expires", &self.expires).finish_non_exhaustive()
+    }
+}
+
+/// One service as containers' environment needs it (contract P-51).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceEnv {
+    pub namespace: String,
+    pub name: String,
+    pub cluster_ip: String,
+    /// (name, protocol, port) in spec order.
+    pub ports: Vec<(String, String, i32)>,
+}
+
+/// Objects that pods refer to: one shared watch per object, dropped with its last user (contract V-24, N-23).
+#[async_trait]
+pub trait ReferencedObjects: Send + Sync + 'static {
+    /// Declares what this pod refers to (volumes, env, envFrom, imagePullSecrets): starts the fetches at once, in parallel, and the
+    /// watches; a change wakes the pod with `Cause::Object`. Idempotent; call it again when the pod changed.
+    fn track(&self, pod: &Pod);
+    fn forget(&self, uid: &PodUid);
+
+    /// The newest content known; waits for the first fetch. Only for objects that a tracked pod refers to.
+    async fn config_map(&self, namespace: &str, name: &str) -> Result<Arc<ConfigMapData>, ApiError>;
+    async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<SecretData>, ApiError>;
+
+    /// A token bound to the pod (name and UID), cached and renewed at 80 % of its life or after 24 h (contract V-26).
+    async fn service_account_token(&self, pod: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError>;
+
+    /// The services of this namespace and `default/kubernetes`; `None` until the first complete list (contract P-51).
+    fn services(&self, namespace: &str) -> Option<Vec<ServiceEnv>>;
+}

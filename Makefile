@@ -1,0 +1,27 @@
+# Everything is in e2e/harness (see e2e/README.md); this only names it.
+HARNESS = python3 -m e2e.harness
+AGENT ?= rkubelet
+export AGENT
+
+.PHONY: up down status logs shell agent e2e test conformance bench
+
+up:       ; @$(HARNESS) up
+down:     ; @$(HARNESS) down
+status:   ; @$(HARNESS) status
+logs:     ; @$(HARNESS) logs $(NAMES)
+shell:    ; @$(HARNESS) shell
+agent:    ; @$(HARNESS) agent
+e2e:      ; @$(HARNESS) test $(CASES)
+bench:    ; @$(HARNESS) bench $(BENCH)
+
+LIST ?= part1
+PROCS ?= 4
+conformance:
+	@$(HARNESS) conformance --list='$(LIST)' --focus='$(FOCUS)' --skip='$(SKIP)' --procs=$(PROCS)
+
+# What CI runs. `down` runs after failing cases too, and its own verdict counts.
+test:
+	@if [ -e Cargo.toml ]; then cargo test --workspace; else echo 'no Cargo.toml yet: cargo test is left out'; fi
+	@$(HARNESS) up && $(HARNESS) test; verdict=$$?; \
+	if [ $$verdict != 0 ]; then $(HARNESS) logs $(AGENT) --lines=60; fi; \
+	$(HARNESS) down && exit $$verdict

@@ -179,8 +179,7 @@ API_SERVER = Service("kube-apiserver", _api_server, _api_server_ready, ready_tim
 CONTROLLER_MANAGER = Service(
     "kube-controller-manager", _controller_manager, answers(f"https://127.0.0.1:{PORTS['kube-controller-manager']}/healthz"))
 SCHEDULER = Service("kube-scheduler", _scheduler, answers(f"https://127.0.0.1:{PORTS['kube-scheduler']}/healthz"))
-# It answers 200 only once it knows its node, which the agent makes: being alive is enough here.
-KUBE_PROXY = Service("kube-proxy", _kube_proxy)
+KUBE_PROXY = Service("kube-proxy", _kube_proxy, answers(f"http://127.0.0.1:{PORTS['kube-proxy health']}/healthz"))
 
 
 def grant_what_kubeadm_grants() -> None:

@@ -34,6 +34,7 @@ def up() -> None:
         snapshot.write(snapshot.take())
     _start()
     _start_agent(kind)
+    KUBE_PROXY.start()  # only now: it gives up if its node does not exist 30 s after its start
     cluster = Cluster.load()
     with step("CoreDNS and the demo pod"):
         addons.install_dns(cluster)
@@ -71,9 +72,9 @@ def _start() -> None:
         ETCD.start()
         API_SERVER.start()
         controlplane.grant_what_kubeadm_grants()
-    with step("starting kube-controller-manager, kube-scheduler, kube-proxy"):
-        for service in (CONTROLLER_MANAGER, SCHEDULER, KUBE_PROXY):
-            service.start()
+    with step("starting kube-controller-manager and kube-scheduler"):
+        CONTROLLER_MANAGER.start()
+        SCHEDULER.start()
     runtime.load_images()
 
 

@@ -25,7 +25,10 @@ impl EventType {
 pub enum Regarding {
     Pod(Pod),
     /// A container of a pod, with its fieldPath `spec.containers{name}` (contract P-45).
-    Container { pod: Pod, field_path: String },
+    Container {
+        pod: Pod,
+        field_path: String,
+    },
     /// This node. The involved object's UID is the node's *name*, as upstream does it (contract N-18).
     Node,
 }

@@ -9,5 +9,5 @@ mod store;
 
 pub use error::CriError;
 pub use ports::{ContainerEventStream, ImageService, RuntimeService};
-pub use store::{Container, ContainerState, PodRuntime, RuntimeStore, Sandbox, Seq};
 pub use protocols::cri::v1;
+pub use store::{Container, ContainerState, PodRuntime, RuntimeStore, Sandbox, Seq};

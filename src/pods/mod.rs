@@ -5,8 +5,8 @@
 
 mod identity;
 mod pod;
-mod store;
 pub mod sources;
+mod store;
 
 pub use identity::{ContainerKind, PodUid};
 pub use pod::{ContainerRef, Pod, PodSource};

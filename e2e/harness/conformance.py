@@ -82,7 +82,7 @@ def _run_tests(focuses: list[str], skips: list[str], procs: int, result: Path, t
                     return
                 except subprocess.TimeoutExpired:
                     text = (result / "output.log").read_text(errors="replace")
-                    ended = re.findall(r"^• .*$", text, re.MULTILINE)
+                    ended = re.findall(r"^(?:[SP]*)• .*$", text, re.MULTILINE)
                     failed = sum("FAIL" in line or "TIMEDOUT" in line or "PANIC" in line for line in ended)
                     say(f"{len(ended)} of {total} done, {failed} failed")
         except BaseException:
@@ -92,10 +92,10 @@ def _run_tests(focuses: list[str], skips: list[str], procs: int, result: Path, t
 
 
 def _tests(report: Path) -> list[tuple[str, str]]:
-    """Name and status of each test; not of the suite's own set-up nodes, whose names are in brackets with no text after."""
+    """Name and status of each test, without the kind before and the list of labels after the name."""
     root = xml.parse(report).getroot()
-    return [(case.get("name", ""), case.get("status", "")) for case in root.iter("testcase")
-            if case.get("name", "").startswith("[It]")]
+    return [(re.sub(r"^\[It\] | \[[^]]*\]$", "", case.get("name", "")), case.get("status", ""))
+            for case in root.iter("testcase") if case.get("name", "").startswith("[It]")]
 
 
 def _judge(listed: set[str], result: Path) -> bool:

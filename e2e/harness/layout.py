@@ -11,6 +11,7 @@ E2E = REPOSITORY / "e2e"
 CACHE = Path(os.environ.get("RKUBELET_CACHE") or Path.home() / ".cache" / "rkubelet-e2e")
 PROGRAM_CACHE = CACHE / "bin"
 IMAGE_CACHE = CACHE / "images"
+REGISTRY_DATA = CACHE / "registry"  # filling it takes 10 s, so it is done once
 LOGS = CACHE / "logs"
 RESULTS = CACHE / "results"
 
@@ -28,7 +29,6 @@ CONTAINERD_STATE = RUN / "containerd"
 CONTAINERD_SOCKET = RUN / "containerd.sock"
 CNI_CONFIG = STATE / "cni"
 CNI_PROGRAMS = Path("/usr/lib/cni")
-REGISTRY_DATA = STATE / "registry"
 REGISTRY_HOSTS = STATE / "certs.d"
 AGENT = STATE / "agent"
 STATIC_PODS = AGENT / "static-pods"

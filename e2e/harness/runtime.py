@@ -104,11 +104,11 @@ def load_images() -> None:
     if not set(IMAGE_NAMES.values()) <= present:
         with step("importing the images into containerd"):
             ctr("images", "import", str(images.archive()))
-    marker = layout.REGISTRY_DATA / "filled"
-    if marker.exists():
+    marker = layout.REGISTRY_DATA / "filled-from"
+    if marker.exists() and marker.read_text() == images.archive().name:
         return
     with step("putting the images into the registry"):
         for name in IMAGE_NAMES.values():
             path = name.partition("/")[2]
             ctr("images", "push", "--plain-http", f"{layout.REGISTRY}/{path}", name)
-        marker.touch()
+        marker.write_text(images.archive().name)

@@ -14,17 +14,24 @@ STATE_GIB = 3
 V1_CONTROLLERS = ["cpu", "cpuacct", "cpuset", "memory", "pids"]
 
 
-def check(agent: str, cold: bool, running: bool) -> None:
-    """`cold`: something is still to be built. `running`: a cluster of ours is up, so its ports are taken, rightly."""
-    problems = [
+def check(agent: str, cold: bool) -> None:
+    """`cold`: something is still to be built."""
+    _complain([
         *_root(),
         *_programs(agent, cold),
         *_disk(layout.CACHE, CACHE_GIB_COLD if cold else 1, "the cache (RKUBELET_CACHE moves it)"),
         *_disk(layout.STATE, STATE_GIB, "the cluster's state"),
         *_kernel(),
-        *([] if running else _ports()),
         *_address(),
-    ]
+    ])
+
+
+def check_room() -> None:
+    """Before a first start, when nothing of ours runs: ports and folders must be free."""
+    _complain([*_ports(), *_foreign_node()])
+
+
+def _complain(problems: list[str]) -> None:
     if problems:
         raise HarnessError("cannot start:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -73,6 +80,12 @@ def _ports() -> list[str]:
             except OSError:
                 problems.append(f"port {port} ({what}) is in use by something else")
     return problems
+
+
+def _foreign_node() -> list[str]:
+    """Folders of a kubelet that is not ours are not touched."""
+    return [f"{path} exists and is not ours: is this machine a node of another cluster? If it is only left over, remove it"
+            for path in layout.AGENT_PATHS if path.exists() and any(path.iterdir())]
 
 
 def _address() -> list[str]:

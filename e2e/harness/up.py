@@ -7,7 +7,7 @@ from e2e.harness import addons, agent, cleanup, controlplane, images, layout, pr
 from e2e.harness.cluster import Cluster
 from e2e.harness.controlplane import API_SERVER, CONTROLLER_MANAGER, ETCD, KUBE_PROXY, SCHEDULER
 from e2e.harness.runtime import CONTAINERD, REGISTRY
-from e2e.harness.steps import HarnessError, say, step
+from e2e.harness.steps import say, step
 from e2e.harness.versions import PROGRAMS_FOR_UP
 
 SERVICES = [CONTAINERD, REGISTRY, ETCD, API_SERVER, CONTROLLER_MANAGER, SCHEDULER, KUBE_PROXY]
@@ -19,13 +19,14 @@ def up() -> None:
     kind = agent.wanted_kind()
     running = all(service.alive() for service in HEART)
     cold = any(not tools.location(name).exists() for name in _programs(kind))
+    preflight.check(kind, cold)
     traces = layout.STATE.exists() or layout.RUN.exists() or bool(snapshot.our_pids())
     if traces and not running:
         say("an earlier run has left things behind without a running cluster: removing them")
         down(proving=False)
-    preflight.check(kind, cold, running)
+    if not running:
+        preflight.check_room()
     preflight.install_packages()
-    _refuse_foreign_node(running)
     tools.build(PROGRAMS_FOR_UP)
     agent.build(kind)
     images.build()
@@ -45,16 +46,6 @@ def up() -> None:
 
 def _programs(kind: str) -> list[str]:
     return PROGRAMS_FOR_UP + (["kubelet"] if kind == "kubelet" else [])
-
-
-def _refuse_foreign_node(running: bool) -> None:
-    """Folders of a kubelet that is not ours are not touched."""
-    if running:
-        return
-    for path in layout.AGENT_PATHS:
-        if path.exists() and any(path.iterdir()):
-            raise HarnessError(f"{path} exists and is not ours: is this machine a node of another cluster? "
-                               "If it is only left over from something, remove it.")
 
 
 def _start() -> None:

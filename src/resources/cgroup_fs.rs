@@ -53,8 +53,14 @@ pub(super) struct Limits {
 pub(super) enum Hierarchy {
     /// Mount points, each with its controllers (`cpu`, `memory`, `systemd` …). `unified` is the version 2 tree beside them in
     /// hybrid mode: nothing is created there, but leftovers are removed.
-    V1 { mounts: Vec<(PathBuf, Vec<String>)>, unified: Option<PathBuf> },
-    V2 { root: PathBuf, controllers: Vec<String> },
+    V1 {
+        mounts: Vec<(PathBuf, Vec<String>)>,
+        unified: Option<PathBuf>,
+    },
+    V2 {
+        root: PathBuf,
+        controllers: Vec<String>,
+    },
 }
 
 /// Controllers that the kubelet sets limits with.
@@ -96,7 +102,9 @@ impl Hierarchy {
     /// Every tree that may hold the cgroup.
     fn trees(&self) -> Vec<&Path> {
         match self {
-            Self::V1 { mounts, unified } => mounts.iter().map(|(path, _)| path).chain(unified).map(PathBuf::as_path).collect(),
+            Self::V1 { mounts, unified } => {
+                mounts.iter().map(|(path, _)| path).chain(unified).map(PathBuf::as_path).collect()
+            }
             Self::V2 { root, .. } => vec![root.as_path()],
         }
     }

@@ -258,16 +258,12 @@ fn limits_of_pod(pod: &Pod, settings: &CgroupSettings) -> Limits {
     let memory = limits.get("memory").map_or(0, Quantity::value);
     let mut pages: BTreeMap<i64, i64> = settings.hugepage_sizes.iter().map(|size| (*size, 0)).collect();
     pages.extend(hugepages(&requests));
-    let base =
-        Limits { pids: Some(settings.pod_pids_limit).filter(|p| *p > 0), hugepages: pages, ..Limits::default() };
+    let base = Limits { pids: Some(settings.pod_pids_limit).filter(|p| *p > 0), hugepages: pages, ..Limits::default() };
     let shares = cpu_shares(requests.get("cpu").map_or(0, Quantity::milli_value));
     match qos_class(pod) {
-        QosClass::Guaranteed => Limits {
-            cpu_shares: Some(shares),
-            cpu_quota: Some((quota, period)),
-            memory_bytes: Some(memory),
-            ..base
-        },
+        QosClass::Guaranteed => {
+            Limits { cpu_shares: Some(shares), cpu_quota: Some((quota, period)), memory_bytes: Some(memory), ..base }
+        }
         QosClass::Burstable => Limits {
             cpu_shares: Some(shares),
             cpu_quota: limited(pod, "cpu").then_some((quota, period)),
@@ -320,7 +316,9 @@ mod tests {
     }
 
     fn burstable() -> Pod {
-        pod(json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": "250m"}, "limits": {"cpu": "500m"}}}]}))
+        pod(
+            json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": "250m"}, "limits": {"cpu": "500m"}}}]}),
+        )
     }
 
     fn guaranteed() -> Pod {
@@ -417,15 +415,14 @@ mod tests {
         assert!(!made.join("cpu.max").exists());
     }
 
-    /// On this machine's real cgroups, below a root of our own. Needs root; says so and passes without.
+    /// On this machine's real cgroups, below a root of our own; passes without looking where that is not permitted.
     #[tokio::test]
     async fn r04_on_the_real_cgroup_file_system() {
         let root = format!("/rkubelet-test-{}", std::process::id());
         let real = CgroupSettings { root: root.clone(), ..settings(Path::new("/sys/fs/cgroup")) };
         let Ok(cgroups) = KubepodsCgroups::new(real) else { return };
         let allocatable = [("memory".to_owned(), Quantity::parse("1Gi").unwrap())];
-        if let Err(error) = cgroups.ensure_root(&allocatable.into()).await {
-            eprintln!("not permitted here: {error}");
+        if cgroups.ensure_root(&allocatable.into()).await.is_err() {
             return;
         }
         cgroups.create(&guaranteed()).await.unwrap();

@@ -13,7 +13,7 @@ mod requests;
 pub use cgroup_names::{CgroupDriver, CgroupName};
 pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
 pub use qos::{
-    CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical, oom_score_adj,
-    qos_class,
+    CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical,
+    oom_score_adj, qos_class,
 };
 pub use requests::{ResourceList, hugepage_size, pod_limits, pod_requests, resource_list};

@@ -173,7 +173,10 @@ mod tests {
             (json!([container(json!({"cpu": "1"}), json!({}))]), QosClass::Burstable),
             (json!([container(json!({}), full.clone())]), QosClass::Burstable),
             (json!([container(full.clone(), full.clone()), container(json!({}), json!({}))]), QosClass::Burstable),
-            (json!([container(json!({"example.com/gpu": "1"}), json!({"example.com/gpu": "1"}))]), QosClass::BestEffort),
+            (
+                json!([container(json!({"example.com/gpu": "1"}), json!({"example.com/gpu": "1"}))]),
+                QosClass::BestEffort,
+            ),
             (json!([container(json!({"cpu": "0"}), json!({"cpu": "0"}))]), QosClass::BestEffort),
         ];
         for (containers, class) in cases {
@@ -184,7 +187,8 @@ mod tests {
     #[test]
     fn p46_init_containers_count_and_pod_level_resources_decide() {
         let full = json!({"cpu": "1", "memory": "1Gi"});
-        let with_init = pod(json!({"initContainers": [{"name": "i"}], "containers": [container(full.clone(), full.clone())]}));
+        let with_init =
+            pod(json!({"initContainers": [{"name": "i"}], "containers": [container(full.clone(), full.clone())]}));
         assert_eq!(qos_class(&with_init), QosClass::Burstable);
         let pod_level = pod(json!({"resources": {"requests": full, "limits": full}, "containers": [{"name": "c"}]}));
         assert_eq!(qos_class(&pod_level), QosClass::Guaranteed);
@@ -194,12 +198,9 @@ mod tests {
     fn p46_the_class_on_record_wins() {
         let object = json!({"metadata": {"name": "p", "uid": "u"}, "spec": {"containers": [{"name": "c"}]},
             "status": {"qosClass": "Burstable"}});
-        let pod = Pod::new(
-            serde_json::from_value(object).unwrap(),
-            crate::pods::PodSource::Api,
-            jiff::Timestamp::UNIX_EPOCH,
-        )
-        .unwrap();
+        let pod =
+            Pod::new(serde_json::from_value(object).unwrap(), crate::pods::PodSource::Api, jiff::Timestamp::UNIX_EPOCH)
+                .unwrap();
         assert_eq!(qos_class(&pod), QosClass::Burstable);
     }
 

@@ -16,7 +16,7 @@ bench:    ; @$(HARNESS) bench $(BENCH)
 
 LIST ?= part1
 # The slow tests of a list wait for five minutes each and cost nothing: more processes than cores.
-PROCS ?= 10
+PROCS ?= 14
 conformance:
 	@$(HARNESS) conformance --list='$(LIST)' --focus='$(FOCUS)' --skip='$(SKIP)' --procs=$(PROCS)
 

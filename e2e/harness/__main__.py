@@ -25,7 +25,7 @@ def main() -> int:
     conformance.add_argument("--list", default="part1", help="a file in e2e/conformance (default: part1)")
     conformance.add_argument("--focus", default="", help="a regular expression instead of a list")
     conformance.add_argument("--skip", default="")
-    conformance.add_argument("--procs", type=int, default=10)
+    conformance.add_argument("--procs", type=int, default=14)
     bench = verbs.add_parser("bench", help="measure the agent on the running cluster")
     bench.add_argument("names", nargs="*")
     arguments = parser.parse_args()

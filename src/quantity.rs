@@ -101,6 +101,11 @@ impl Quantity {
         divide_away(self.nanos, MILLI)
     }
 
+    /// Millionths, fractions rounded away from zero, capped to `i64`.
+    pub fn micro_value(&self) -> i64 {
+        divide_away(self.nanos, MILLI / 1000)
+    }
+
     /// How many `divisor`s, rounded up: what `resourceFieldRef` writes. A zero divisor means 1, as an unset one does.
     pub fn ceil_div(&self, divisor: &Self) -> i64 {
         let by = if divisor.nanos == 0 { UNIT } else { divisor.nanos };

@@ -119,7 +119,7 @@ fn resource_value(pod: &Pod, node: &NodeFacts, selector: &ResourceFieldSelector)
         "requests" => quantity_of(container, resource, false),
         _ => return Err(unsupported()),
     };
-    let mut value = spec.map_or(Ok(Quantity::ZERO), |q| parse(q))?;
+    let mut value = spec.map_or(Ok(Quantity::ZERO), &parse)?;
     if list == "limits" && basic && value.is_zero() {
         value = node.allocatable.get(resource).map_or(Ok(Quantity::ZERO), |q| parse(q))?;
     }

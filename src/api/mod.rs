@@ -3,6 +3,23 @@
 //! In: what other rooms ask for by name. Out: objects shared by `Arc`, wakes when one changed. Only this room and
 //! `pod_status::publisher` and `node` send requests to the apiserver.
 
+mod cache;
+mod client;
+mod credentials;
+mod kubeconfig;
+mod limiter;
+pub(crate) mod list_watch;
+mod objects;
 mod ports;
+pub(crate) mod presence;
+mod references;
+pub(crate) mod rest;
+mod services;
+mod tokens;
+mod transport;
 
+pub use cache::ObjectCache;
+pub use client::{ApiClients, ApiSettings, WatchSlot};
+pub use kubeconfig::ApiSetupError;
+pub(crate) use limiter::Backoff;
 pub use ports::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec};

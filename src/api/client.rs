@@ -1,0 +1,172 @@
+//! The clients of the agent: general, events, watches, heartbeat (contract S-11).
+//!
+//! Every client has its own connection, so that none can starve another. The connections share one set of credentials.
+//! Nothing here waits for the apiserver: a client exists before the server answers.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use http::HeaderValue;
+use kube::Client;
+
+use super::{
+    credentials::Credentials,
+    kubeconfig::{self, ApiSetupError},
+    limiter::RateLimiter,
+    transport::{Transport, TransportSettings},
+};
+
+/// The apiserver allows 100 streams on a connection and hyper opens no second one by itself.
+const WATCHES_PER_CONNECTION: usize = 80;
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Limits and names of the clients; the defaults are the contract's.
+#[derive(Debug, Clone)]
+pub struct ApiSettings {
+    /// `kubeAPIQPS`: requests per second of the general client; 0 means no limit.
+    pub qps: f64,
+    /// `kubeAPIBurst`.
+    pub burst: u32,
+    /// `eventRecordQPS`; 0 means no limit.
+    pub event_qps: f64,
+    /// `eventBurst`.
+    pub event_burst: u32,
+    /// `kubelet/v1.37.1 (linux/amd64) kubernetes/<sha>`.
+    pub user_agent: String,
+    /// min(nodeStatusUpdateFrequency, lease duration).
+    pub heartbeat_timeout: Duration,
+}
+
+impl Default for ApiSettings {
+    fn default() -> Self {
+        Self {
+            qps: 50.0,
+            burst: 100,
+            event_qps: 50.0,
+            event_burst: 100,
+            user_agent: "kubelet".to_owned(),
+            heartbeat_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Cheap to clone. Make it and use it inside a tokio runtime.
+#[derive(Clone)]
+pub struct ApiClients {
+    /// Reads and writes, with the contract's QPS and burst.
+    pub general: Client,
+    /// Only for the event recorder.
+    pub events: Client,
+    watches: Arc<WatchPool>,
+    heartbeat: Arc<dyn Fn() -> Client + Send + Sync>,
+}
+
+impl ApiClients {
+    /// Reads the kubeconfig and its files, opens no connection.
+    pub fn connect(kubeconfig: &Path, settings: &ApiSettings) -> Result<Self, ApiSetupError> {
+        let target = kubeconfig::load(kubeconfig)?;
+        let credentials = Arc::new(Credentials::new(target)?);
+        let user_agent = HeaderValue::from_str(&settings.user_agent)
+            .map_err(|_| ApiSetupError::UserAgent(settings.user_agent.clone()))?;
+        let make = move |limiter: Option<Arc<RateLimiter>>, header_timeout: Duration| {
+            let settings = TransportSettings { user_agent: user_agent.clone(), limiter, header_timeout };
+            Client::new(Transport::new(Arc::clone(&credentials), settings), "default")
+        };
+        let limiter = |qps, burst| RateLimiter::new(qps, burst).map(Arc::new);
+        let general = make(limiter(settings.qps, settings.burst), HEADER_TIMEOUT);
+        let events = make(limiter(settings.event_qps, settings.event_burst), HEADER_TIMEOUT);
+        // Watches start at the general rate, but from a bucket of their own: a mass reconnect must not delay a status.
+        let watch_limiter = limiter(settings.qps, settings.burst);
+        let make_watch = make.clone();
+        let heartbeat_timeout = settings.heartbeat_timeout;
+        Ok(Self {
+            general,
+            events,
+            watches: Arc::new(WatchPool::new(move || make_watch(watch_limiter.clone(), HEADER_TIMEOUT))),
+            heartbeat: Arc::new(move || make(None, heartbeat_timeout)),
+        })
+    }
+
+    /// All roles over one client: for tests and simulations.
+    pub fn over(client: Client) -> Self {
+        let (lane, heartbeat) = (client.clone(), client.clone());
+        Self {
+            general: client.clone(),
+            events: client,
+            watches: Arc::new(WatchPool::new(move || lane.clone())),
+            heartbeat: Arc::new(move || heartbeat.clone()),
+        }
+    }
+
+    /// A client with its own connection and no QPS limit. Call it on the runtime that will use it, which may be another
+    /// one than this value was made on.
+    pub fn heartbeat(&self) -> Client {
+        (self.heartbeat)()
+    }
+
+    /// A place for one watch. Blocks nobody and opens nothing by itself.
+    pub fn watch_slot(&self) -> WatchSlot {
+        self.watches.take()
+    }
+
+    /// Watches running or starting now: the gauge `rkubelet_api_watches`.
+    pub fn open_watches(&self) -> i64 {
+        self.watches.open.load(Ordering::Relaxed)
+    }
+}
+
+/// HTTP/2 connections with a bounded number of watches each.
+struct WatchPool {
+    lanes: Mutex<Vec<Lane>>,
+    make: Box<dyn Fn() -> Client + Send + Sync>,
+    open: Arc<AtomicI64>,
+}
+
+struct Lane {
+    client: Client,
+    used: Arc<AtomicUsize>,
+}
+
+impl WatchPool {
+    fn new(make: impl Fn() -> Client + Send + Sync + 'static) -> Self {
+        Self { lanes: Mutex::default(), make: Box::new(make), open: Arc::default() }
+    }
+
+    fn take(&self) -> WatchSlot {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        // An unused lane beyond the first is a connection to give back.
+        let mut first = true;
+        lanes.retain(|lane| std::mem::take(&mut first) || lane.used.load(Ordering::Relaxed) > 0);
+        let free = lanes.iter().position(|lane| lane.used.load(Ordering::Relaxed) < WATCHES_PER_CONNECTION);
+        let lane = match free {
+            Some(at) => &lanes[at],
+            None => {
+                lanes.push(Lane { client: (self.make)(), used: Arc::default() });
+                &lanes[lanes.len() - 1]
+            }
+        };
+        lane.used.fetch_add(1, Ordering::Relaxed);
+        self.open.fetch_add(1, Ordering::Relaxed);
+        WatchSlot { client: lane.client.clone(), used: Arc::clone(&lane.used), open: Arc::clone(&self.open) }
+    }
+}
+
+/// One of the places of a connection; given back when dropped.
+pub struct WatchSlot {
+    pub client: Client,
+    used: Arc<AtomicUsize>,
+    open: Arc<AtomicI64>,
+}
+
+impl Drop for WatchSlot {
+    fn drop(&mut self) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}

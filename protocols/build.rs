@@ -1,4 +1,5 @@
-//! Turns `proto/*.proto` into Rust: parsed by protox (no protoc), client and server code.
+//! Turns `proto/*.proto` into Rust: parsed by protox (no protoc), client and server code. A server answers Unimplemented to
+//! what it does not override.
 
 use std::error::Error;
 
@@ -16,6 +17,6 @@ const REDACTED: [&str; 4] = [
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
-    tonic_prost_build::configure().skip_debug(REDACTED).compile_fds(descriptors)?;
+    tonic_prost_build::configure().generate_default_stubs(true).skip_debug(REDACTED).compile_fds(descriptors)?;
     Ok(())
 }

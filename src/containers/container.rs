@@ -1,0 +1,103 @@
+//! The config of one container (contract P-27, P-50, P-59, R-05).
+
+use protocols::cri::v1;
+
+use super::{
+    ConfigError, ContainerInputs, as_map, container_log_path, expand, labels, resources::container_resources,
+    security::container_security,
+};
+
+/// What the node's configuration decides for every container. The default is the KubeletConfiguration's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContainerPolicy {
+    /// `seccompDefault`: RuntimeDefault where nothing else is said.
+    pub seccomp_default: bool,
+    /// `singleProcessOOMKill`: do not kill the whole container when one of its processes is. Effective on cgroup v2.
+    pub single_process_oom_kill: bool,
+    /// Feature MemoryQoS.
+    pub memory_qos: bool,
+    /// `memoryReservationPolicy: TieredReservation`.
+    pub memory_reservation: bool,
+    /// `memoryThrottlingFactor`.
+    pub memory_throttling_factor: Option<f64>,
+    /// The node has the swap controller: then containers are kept from swapping.
+    pub swap_controller: bool,
+    /// With `memorySwap.swapBehavior: LimitedSwap`: the node's swap in bytes.
+    pub limited_swap_bytes: Option<i64>,
+    /// An ephemeral container's `targetContainerName`, as the runtime's container ID.
+    pub target_container_id: Option<String>,
+}
+
+impl Default for ContainerPolicy {
+    fn default() -> Self {
+        Self {
+            seccomp_default: false,
+            single_process_oom_kill: false,
+            memory_qos: true,
+            memory_reservation: false,
+            memory_throttling_factor: None,
+            swap_controller: false,
+            limited_swap_bytes: None,
+            target_container_id: None,
+        }
+    }
+}
+
+/// The container's config with the default policy.
+pub fn container_config(inputs: &ContainerInputs<'_>) -> Result<v1::ContainerConfig, ConfigError> {
+    container_config_with(inputs, &ContainerPolicy::default())
+}
+
+/// The container's config.
+pub fn container_config_with(
+    inputs: &ContainerInputs<'_>,
+    policy: &ContainerPolicy,
+) -> Result<v1::ContainerConfig, ConfigError> {
+    let ContainerInputs { pod, container, image, .. } = *inputs;
+    let spec = container.spec;
+    let security = container_security(inputs, policy)?;
+    let env = as_map(inputs.env);
+    let expanded = |list: &Option<Vec<String>>| -> Vec<String> {
+        list.iter().flatten().map(|part| expand(part, |name| env.get(name).cloned())).collect()
+    };
+    Ok(v1::ContainerConfig {
+        metadata: Some(v1::ContainerMetadata { name: spec.name.clone(), attempt: inputs.attempt }),
+        image: Some(v1::ImageSpec {
+            image: image.reference.clone(),
+            user_specified_image: image.requested.clone(),
+            ..Default::default()
+        }),
+        command: expanded(&spec.command),
+        args: expanded(&spec.args),
+        working_dir: spec.working_dir.clone().unwrap_or_default(),
+        envs: inputs.env.iter().map(key_value).collect(),
+        mounts: inputs.mounts.to_vec(),
+        labels: labels::container_labels(pod, spec),
+        annotations: labels::container_annotations(pod, spec, inputs.attempt),
+        log_path: container_log_path(&spec.name, inputs.attempt),
+        stdin: spec.stdin.unwrap_or(false),
+        stdin_once: spec.stdin_once.unwrap_or(false),
+        tty: spec.tty.unwrap_or(false),
+        linux: Some(v1::LinuxContainerConfig {
+            resources: Some(container_resources(inputs, policy)),
+            security_context: Some(security),
+        }),
+        stop_signal: stop_signal(spec.lifecycle.as_ref().and_then(|l| l.stop_signal.as_deref())).into(),
+        ..Default::default()
+    })
+}
+
+fn key_value((key, value): &(String, String)) -> v1::KeyValue {
+    v1::KeyValue { key: key.clone(), value: value.clone().into_bytes() }
+}
+
+/// `SIGUSR1` → CRI's own number; unset or unknown: the image's, or the runtime's default.
+fn stop_signal(name: Option<&str>) -> v1::Signal {
+    name.and_then(|name| {
+        v1::Signal::from_str_name(&format!(
+            "SIGNAL_{}",
+            name.replace("SIGRTMIN+", "SIGRTMINPLUS").replace("SIGRTMAX-", "SIGRTMAXMINUS")
+        ))
+    })
+    .unwrap_or(v1::Signal::RuntimeDefault)
+}

@@ -1,0 +1,236 @@
+//! The security context of containers and sandboxes (contract P-57, P-59, P-60): users, groups, capabilities, namespaces, paths.
+
+use std::{fs, path::Path, sync::OnceLock};
+
+use k8s_openapi::api::core::v1::{Capabilities, Container, PodSecurityContext, SELinuxOptions, SecurityContext};
+use protocols::cri::v1::{self, NamespaceMode, security_profile::ProfileType};
+
+use super::{ConfigError, ContainerInputs, ContainerPolicy, profiles};
+use crate::pods::Pod;
+
+/// Paths that a container does not see unless procMount is Unmasked.
+const MASKED: [&str; 12] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// What holds for one container: its own settings over the pod's.
+struct Effective<'a> {
+    run_as_user: Option<i64>,
+    run_as_group: Option<i64>,
+    run_as_non_root: bool,
+    selinux: Option<&'a SELinuxOptions>,
+    own: Option<&'a SecurityContext>,
+}
+
+impl<'a> Effective<'a> {
+    fn of(pod: &'a Pod, container: &'a Container) -> Self {
+        let (pods, own) = (pod.spec().security_context.as_ref(), container.security_context.as_ref());
+        Self {
+            run_as_user: own.and_then(|c| c.run_as_user).or(pods.and_then(|c| c.run_as_user)),
+            run_as_group: own.and_then(|c| c.run_as_group).or(pods.and_then(|c| c.run_as_group)),
+            run_as_non_root: own
+                .and_then(|c| c.run_as_non_root)
+                .or(pods.and_then(|c| c.run_as_non_root))
+                .unwrap_or(false),
+            selinux: own.and_then(|c| c.se_linux_options.as_ref()).or(pods.and_then(|c| c.se_linux_options.as_ref())),
+            own,
+        }
+    }
+}
+
+/// The container's security context. Fails when runAsNonRoot cannot be kept, or a profile makes no sense.
+pub(super) fn container_security(
+    inputs: &ContainerInputs<'_>,
+    policy: &ContainerPolicy,
+) -> Result<v1::LinuxContainerSecurityContext, ConfigError> {
+    let ContainerInputs { pod, image, root_dir, .. } = *inputs;
+    let container = inputs.container.spec;
+    let effective = Effective::of(pod, container);
+    verify_non_root(pod, container, &effective, image.uid, &image.username)?;
+
+    let own = effective.own;
+    let unmasked = own.and_then(|c| c.proc_mount.as_deref()) == Some("Unmasked");
+    let mut namespaces = namespaces(pod)?;
+    if let Some(target) = &policy.target_container_id
+        && namespaces.pid() == NamespaceMode::Container
+    {
+        namespaces.set_pid(NamespaceMode::Target);
+        namespaces.target_id.clone_from(target);
+    }
+    let mut context = v1::LinuxContainerSecurityContext {
+        capabilities: own.and_then(|c| c.capabilities.as_ref()).map(capabilities),
+        privileged: own.and_then(|c| c.privileged).unwrap_or(false),
+        namespace_options: Some(namespaces),
+        selinux_options: effective.selinux.map(selinux),
+        run_as_user: effective.run_as_user.map(int64),
+        run_as_group: effective.run_as_group.map(int64),
+        readonly_rootfs: own.and_then(|c| c.read_only_root_filesystem).unwrap_or(false),
+        supplemental_groups: supplemental_groups(pod),
+        supplemental_groups_policy: groups_policy(pod)?.into(),
+        no_new_privs: own.and_then(|c| c.allow_privilege_escalation) == Some(false),
+        masked_paths: if unmasked { Vec::new() } else { masked_paths().to_vec() },
+        readonly_paths: if unmasked { Vec::new() } else { READ_ONLY.map(str::to_owned).to_vec() },
+        seccomp: Some(profiles::seccomp(pod, container, root_dir, policy.seccomp_default)?),
+        ..Default::default()
+    };
+    if context.run_as_user.is_none() {
+        context.run_as_user = image.uid.map(int64);
+        context.run_as_username.clone_from(&image.username);
+    }
+    if let Some((profile, deprecated)) = profiles::apparmor(pod, container)? {
+        context.apparmor = Some(profile);
+        set_deprecated_apparmor(&mut context, deprecated);
+    }
+    Ok(context)
+}
+
+/// Older runtimes read only this field.
+#[allow(deprecated)]
+fn set_deprecated_apparmor(context: &mut v1::LinuxContainerSecurityContext, profile: String) {
+    context.apparmor_profile = profile;
+}
+
+/// The sandbox's security context: as the pod says, and always the runtime's seccomp profile.
+pub(super) fn sandbox_security(pod: &Pod) -> Result<v1::LinuxSandboxSecurityContext, ConfigError> {
+    let default = PodSecurityContext::default();
+    let context = pod.spec().security_context.as_ref().unwrap_or(&default);
+    Ok(v1::LinuxSandboxSecurityContext {
+        namespace_options: Some(namespaces(pod)?),
+        selinux_options: context.se_linux_options.as_ref().map(selinux),
+        run_as_user: context.run_as_user.map(int64),
+        run_as_group: context.run_as_group.map(int64),
+        supplemental_groups: supplemental_groups(pod),
+        supplemental_groups_policy: groups_policy(pod)?.into(),
+        privileged: privileged(pod),
+        seccomp: Some(profiles::profile(ProfileType::RuntimeDefault, "")),
+        ..Default::default()
+    })
+}
+
+/// Any container is privileged: then the sandbox is.
+fn privileged(pod: &Pod) -> bool {
+    let ephemeral = pod.spec().ephemeral_containers.iter().flatten().map(|c| c.security_context.as_ref());
+    let contexts = pod.containers().map(|c| c.spec.security_context.as_ref()).chain(ephemeral);
+    contexts.flatten().any(|c| c.privileged == Some(true))
+}
+
+/// Which namespaces are the node's, the pod's or each container's own.
+fn namespaces(pod: &Pod) -> Result<v1::NamespaceOption, ConfigError> {
+    let spec = pod.spec();
+    if spec.host_users == Some(false) {
+        return Err(ConfigError::container(
+            "can't set `spec.hostUsers: false`, runtime does not support user namespaces",
+        ));
+    }
+    let node_or_pod = |host: Option<bool>| if host == Some(true) { NamespaceMode::Node } else { NamespaceMode::Pod };
+    let pid = match (spec.host_pid, spec.share_process_namespace) {
+        (Some(true), _) => NamespaceMode::Node,
+        (_, Some(true)) => NamespaceMode::Pod,
+        _ => NamespaceMode::Container,
+    };
+    Ok(v1::NamespaceOption {
+        network: node_or_pod(spec.host_network).into(),
+        pid: pid.into(),
+        ipc: node_or_pod(spec.host_ipc).into(),
+        target_id: String::new(),
+        userns_options: Some(v1::UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() }),
+    })
+}
+
+fn supplemental_groups(pod: &Pod) -> Vec<i64> {
+    let context = pod.spec().security_context.as_ref();
+    let fs_group = context.and_then(|c| c.fs_group);
+    let groups = context.and_then(|c| c.supplemental_groups.as_deref()).unwrap_or_default();
+    fs_group.into_iter().chain(groups.iter().copied()).collect()
+}
+
+fn groups_policy(pod: &Pod) -> Result<v1::SupplementalGroupsPolicy, ConfigError> {
+    match pod.spec().security_context.as_ref().and_then(|c| c.supplemental_groups_policy.as_deref()) {
+        None | Some("Merge") => Ok(v1::SupplementalGroupsPolicy::Merge),
+        Some("Strict") => Ok(v1::SupplementalGroupsPolicy::Strict),
+        Some(other) => Err(ConfigError::container(format!("unsupported supplementalGroupsPolicy: {other}"))),
+    }
+}
+
+fn verify_non_root(
+    pod: &Pod,
+    container: &Container,
+    effective: &Effective<'_>,
+    image_uid: Option<i64>,
+    image_user: &str,
+) -> Result<(), ConfigError> {
+    if !effective.run_as_non_root {
+        return Ok(());
+    }
+    let (described, name) = (pod.described(), &container.name);
+    let place = format!("(pod: {described:?}, container: {name})");
+    let max = i32::MAX;
+    let fault = match (effective.run_as_user, image_uid) {
+        (Some(0), _) => format!("container's runAsUser breaks non-root policy {place}"),
+        (Some(_), _) => return Ok(()),
+        (None, None) if !image_user.is_empty() => format!(
+            "container has runAsNonRoot and image has non-numeric user ({image_user}), cannot verify user is non-root {place}"
+        ),
+        (None, Some(0)) => format!("container has runAsNonRoot and image will run as root {place}"),
+        (None, Some(uid)) if !(0..=i64::from(max)).contains(&uid) => format!(
+            "container has runAsNonRoot and image has an invalid user id ({uid}). (Must be 1-({max})): must be between 0 and {max}, inclusive {place}"
+        ),
+        _ => return Ok(()),
+    };
+    Err(ConfigError::container(fault))
+}
+
+fn capabilities(asked: &Capabilities) -> v1::Capability {
+    v1::Capability {
+        add_capabilities: asked.add.clone().unwrap_or_default(),
+        drop_capabilities: asked.drop.clone().unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+fn selinux(options: &SELinuxOptions) -> v1::SeLinuxOption {
+    let text = |field: &Option<String>| field.clone().unwrap_or_default();
+    v1::SeLinuxOption {
+        user: text(&options.user),
+        role: text(&options.role),
+        r#type: text(&options.type_),
+        level: text(&options.level),
+    }
+}
+
+fn int64(value: i64) -> v1::Int64Value {
+    v1::Int64Value { value }
+}
+
+/// The fixed list and this machine's thermal counters, which tell of neighbours' load. Read once.
+fn masked_paths() -> &'static [String] {
+    static PATHS: OnceLock<Vec<String>> = OnceLock::new();
+    PATHS.get_or_init(|| {
+        let fixed = MASKED.iter().map(|path| (*path).to_owned());
+        fixed.chain(thermal_throttle_paths(Path::new("/sys/devices/system/cpu"))).collect()
+    })
+}
+
+fn thermal_throttle_paths(cpus: &Path) -> Vec<String> {
+    let number = |name: &str| name.strip_prefix("cpu").and_then(|n| n.parse::<u32>().ok());
+    let entries = fs::read_dir(cpus).into_iter().flatten().flatten();
+    let mut found: Vec<u32> = entries
+        .filter_map(|entry| {
+            number(entry.file_name().to_str()?).filter(|_| entry.path().join("thermal_throttle").exists())
+        })
+        .collect();
+    found.sort_unstable();
+    found.into_iter().map(|n| cpus.join(format!("cpu{n}/thermal_throttle")).display().to_string()).collect()
+}

@@ -129,7 +129,12 @@ fn set_cloud_provider(flags: &mut Flags, value: &Value) -> Result<(), String> {
     flags.cloud_provider = match value.as_str() {
         Some("") => CloudProvider::None,
         Some("external") => CloudProvider::External,
-        _ => return Err("only \"\" and \"external\" are supported".to_owned()),
+        Some(other) => {
+            return Err(format!(
+                "cloud provider {other:?} was specified, but built-in cloud providers are disabled. Please set --cloud-provider=external and migrate to an external cloud provider"
+            ));
+        }
+        None => CloudProvider::None,
     };
     Ok(())
 }

@@ -26,7 +26,7 @@ def main() -> int:
     conformance.add_argument("--focus", default="", help="a regular expression instead of a list")
     conformance.add_argument("--skip", default="")
     conformance.add_argument("--procs", type=int, default=14)
-    bench = verbs.add_parser("bench", help="measure the agent on the running cluster")
+    bench = verbs.add_parser("bench", help="measure the bare runtime and the agents of AGENTS, one table")
     bench.add_argument("names", nargs="*")
     arguments = parser.parse_args()
     try:

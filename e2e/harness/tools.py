@@ -1,5 +1,6 @@
 """Builds programs from the pinned Go modules below e2e/tools into a cache outside the clone, each as a step of its own."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from e2e.harness.versions import PROGRAMS, Program
 def location(name: str) -> Path:
     """Where the program is once it is built. A new version is another folder, so nothing stale is ever used."""
     program = PROGRAMS[name]
-    return layout.PROGRAM_CACHE / f"{program.family}-{program.version}" / name
+    key = f"{program.family}-{program.version}"
+    own_source = layout.E2E / "tools" / program.family / "main.go"
+    if own_source.exists():  # ours, so it changes without a new version
+        key += "-" + hashlib.sha256(own_source.read_bytes()).hexdigest()[:8]
+    return layout.PROGRAM_CACHE / key / name
 
 
 def path(name: str) -> str:

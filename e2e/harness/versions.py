@@ -92,6 +92,7 @@ PROGRAMS = {
         Program(
             "metrics-server", "sigs.k8s.io/metrics-server/cmd/metrics-server", "metrics-server", "v0.9.0"
         ),
+        Program("cribench", ".", "cribench", "v0.37.1"),  # ours; the version is that of k8s.io/cri-api
         Program("ginkgo", "github.com/onsi/ginkgo/v2/ginkgo", "kubernetes", KUBERNETES),
         Program(
             "e2e.test",

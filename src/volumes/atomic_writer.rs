@@ -101,7 +101,6 @@ fn swap_in(
         fs_group::apply_to_root(volume, ownership)?;
         after(Step::OwnershipSet)?;
     }
-    volume.remove_file(OsStr::new(NEW_DATA))?;
     volume.symlink(Path::new(&name), OsStr::new(NEW_DATA))?;
     after(Step::LinkMade)?;
     volume.rename(OsStr::new(NEW_DATA), OsStr::new(DATA))?;
@@ -216,12 +215,13 @@ fn remove_stale_names(
     Ok(())
 }
 
-/// Removes every content directory but `live`: the one before, and what interrupted writers left.
+/// Removes every content directory but `live`: the one before, and what interrupted writers left, their `..data_tmp` included.
 fn remove_content_except(
     volume: &Directory,
     live: Option<&OsStr>,
     after: &mut dyn FnMut(Step) -> io::Result<()>,
 ) -> io::Result<()> {
+    teardown::remove_tree_one_filesystem(volume, OsStr::new(NEW_DATA))?;
     for (name, kind) in volume.entries()? {
         if kind == EntryKind::Directory && is_content_name(&name) && Some(name.as_os_str()) != live {
             teardown::remove_tree_one_filesystem(volume, &name)?;

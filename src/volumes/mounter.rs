@@ -286,4 +286,27 @@ mod tests {
     fn the_real_table_has_a_root() {
         assert!(LinuxMounter::default().list().unwrap().iter().any(|m| m.path == Path::new("/")));
     }
+
+    #[test]
+    fn v22_a_tmpfs_has_its_size_and_a_bind_can_be_read_only() {
+        let temp = tempfile::tempdir().unwrap();
+        let (memory, view) = (temp.path().join("memory"), temp.path().join("view"));
+        std::fs::create_dir(&memory).unwrap();
+        std::fs::create_dir(&view).unwrap();
+        let mounter = LinuxMounter::default();
+        let before = mounter.is_mount_point(&memory).unwrap();
+        mounter.mount_tmpfs(&memory, Some(1 << 20)).unwrap();
+        mounter.bind(&memory, &view).unwrap();
+        mounter.remount_read_only(&view).unwrap();
+        let size = nix::sys::statfs::statfs(&memory).map(|s| s.blocks() as i64 * s.block_size() as i64);
+        let written = (std::fs::write(memory.join("f"), "x"), std::fs::write(view.join("g"), "x"));
+        let mounted = mounter.is_mount_point(&view).unwrap();
+        for path in [&view, &memory] {
+            mounter.unmount(path, Unmount::Now).unwrap();
+        }
+        assert!(!before && mounted && !mounter.is_mount_point(&view).unwrap());
+        assert_eq!(size.unwrap(), 1 << 20);
+        assert!(written.0.is_ok() && written.1.is_err());
+        assert!(!mounter.is_mount_point(&temp.path().join("absent")).unwrap());
+    }
 }

@@ -61,8 +61,10 @@ pub struct NodeVolumes {
     mounter: Arc<dyn Mounter>,
     events: Arc<dyn EventSink>,
     clock: Arc<dyn Clock>,
-    pods: Mutex<HashMap<PodUid, PodState>>,
+    pods: Arc<Pods>,
 }
+
+type Pods = Mutex<HashMap<PodUid, PodState>>;
 
 /// What is kept in memory for a pod; all else is on disk.
 #[derive(Default)]
@@ -94,11 +96,11 @@ impl NodeVolumes {
         events: Arc<dyn EventSink>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        Self { settings, objects, mounter, events, clock, pods: Mutex::default() }
+        Self { settings, objects, mounter, events, clock, pods: Arc::default() }
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, PodState>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.pods)
     }
 
     fn turn(&self, uid: &PodUid) -> Arc<tokio::sync::Mutex<Standing>> {
@@ -348,24 +350,23 @@ impl PodVolumes for NodeVolumes {
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
         let turn = self.turn(uid);
         let mut standing = turn.lock_owned().await;
-        let (root, uid_owned, mounter) = (self.settings.root_dir.clone(), uid.clone(), self.mounter.clone());
+        let (root, pods, mounter) = (self.settings.root_dir.clone(), self.pods.clone(), self.mounter.clone());
+        let of = uid.clone();
         let done = tokio::task::spawn_blocking(move || {
-            let done = teardown::tear_down_pod(&root, &uid_owned, &*mounter);
+            let done = teardown::tear_down_pod(&root, &of, &*mounter);
             if done.is_ok() {
+                // Whoever still waits for this turn is too late; a static pod that returns under the same UID starts anew.
                 *standing = Standing::TornDown;
+                locked(&pods).remove(&of);
             }
             done
         });
-        let message = match done.await {
-            Ok(Ok(())) => {
-                self.pods().remove(uid);
-                return Ok(());
-            }
-            Ok(Err(e)) => {
-                format!("error removing the volumes of pod {uid}: {}: {}", e.path.display(), describe(&e.source))
-            }
-            Err(e) => format!("error removing the volumes of pod {uid}: {e}"),
+        let why = match done.await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(e)) => format!("{}: {}", e.path.display(), describe(&e.source)),
+            Err(e) => e.to_string(),
         };
+        let message = format!("error removing the volumes of pod {uid}: {why}");
         Err(VolumeError { volume: String::new(), class: VolumeErrorClass::Retry, message })
     }
 
@@ -382,6 +383,10 @@ impl PodVolumes for NodeVolumes {
     }
 }
 
+fn locked(pods: &Pods) -> MutexGuard<'_, HashMap<PodUid, PodState>> {
+    pods.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs disk work of a pod on a blocking thread when it is the pod's turn. The turn stays taken until the work ended, also when
 /// the caller stops waiting for it.
 async fn on_disk<T: Send + 'static>(
@@ -390,7 +395,7 @@ async fn on_disk<T: Send + 'static>(
 ) -> Result<T, SetUpError> {
     let standing: OwnedMutexGuard<Standing> = turn.clone().lock_owned().await;
     if *standing == Standing::TornDown {
-        return Err(SetUpError::terminal("the pod's volumes were taken down meanwhile"));
+        return Err(SetUpError::retry("the pod's volumes were taken down meanwhile"));
     }
     tokio::task::spawn_blocking(move || {
         let _turn = standing;

@@ -278,7 +278,7 @@ mod tests {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        assert!(bound + refused == 2000);
+        assert!(bound > 0 && refused > 0, "no race: {bound} bound, {refused} refused");
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1, "nothing was created outside");
     }
 }

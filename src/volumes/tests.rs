@@ -372,3 +372,37 @@ async fn names_that_lead_elsewhere_are_refused() {
     let errors = node.volumes.mount(&bad_uid).await.unwrap_err();
     assert_eq!(errors[0].message, "error making pod data directories: invalid pod UID \"../x\"");
 }
+
+#[tokio::test]
+async fn an_unmount_nobody_waits_for_ends_and_does_not_bar_the_next_pod() {
+    let node = Node::new();
+    let pod = pod_with(json!([{"name": "e", "emptyDir": {}}]), json!({}));
+    let before = node.volumes.mount(&pod).await.unwrap();
+    fs::write(before["e"].host_path.join("old"), "").unwrap();
+    tokio::select! {
+        biased;
+        _ = node.volumes.unmount(pod.uid()) => {}
+        () = tokio::task::yield_now() => {}
+    }
+    // A set-up that began while the old pod was being taken down is too late; the next one is not.
+    let after = match node.volumes.mount(&pod).await {
+        Ok(after) => after,
+        Err(_) => node.volumes.mount(&pod).await.unwrap(),
+    };
+    assert!(after["e"].host_path.is_dir() && !after["e"].host_path.join("old").exists());
+}
+
+#[tokio::test]
+async fn v46_a_volume_in_use_is_reported_and_taken_down_later() {
+    let node = Node::new();
+    node.objects.set_secret("secret", &[("a", b"1")]);
+    let pod = pod_with(json!([{"name": "s", "secret": {"secretName": "secret"}}]), json!({}));
+    let mounted = node.volumes.mount(&pod).await.unwrap();
+    let open = fs::File::open(mounted["s"].host_path.join("a")).unwrap();
+    let error = node.volumes.unmount(pod.uid()).await.unwrap_err();
+    assert!(error.message.ends_with("volumes/kubernetes.io~secret/s: device or resource busy"), "{error}");
+    assert_eq!(error.class, VolumeErrorClass::Retry);
+    drop(open);
+    node.volumes.unmount(pod.uid()).await.unwrap();
+    assert!(node.mounts().is_empty() && !node.pod_path("").exists());
+}

@@ -11,7 +11,7 @@ use std::{
     sync::atomic::AtomicU64,
 };
 
-use k8s_openapi::api::core::v1::{Container, EmptyDirVolumeSource};
+use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, ResourceRequirements};
 
 use super::{
     directory::Directory,
@@ -21,7 +21,7 @@ use super::{
     root_dir::create_directory,
     set_up_error::SetUpError,
 };
-use crate::{node::NodeFacts, pods::Pod, quantity::Quantity};
+use crate::{node::NodeFacts, pods::Pod, quantity::Quantity, resources::pod_limits};
 
 /// What the directory is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,32 +59,15 @@ fn bytes(text: &str) -> Option<u64> {
     Quantity::parse(text).ok().and_then(|q| u64::try_from(q.value()).ok()).filter(|b| *b > 0)
 }
 
-/// What the pod's cgroup allows: the pod-level limit, else the containers' sum when each has one, with the overhead on top.
-/// Init containers run before the mains and beside the sidecars started so far.
+/// What the pod's cgroup allows: a limit exists only at pod level, or when every container has one.
 fn pod_memory_limit(pod: &Pod) -> Option<u64> {
-    let spec = pod.spec();
-    let overhead = spec.overhead.as_ref().and_then(|o| o.get("memory")).and_then(|q| bytes(&q.0)).unwrap_or(0);
-    let of_pod = spec.resources.as_ref().and_then(|r| r.limits.as_ref()).and_then(|l| l.get("memory"));
-    if let Some(limit) = of_pod.and_then(|q| bytes(&q.0)) {
-        return Some(limit + overhead);
-    }
-    let mut sidecars = 0;
-    let mut init_peak = 0;
-    for container in pod.init_containers() {
-        let limit = container_memory_limit(container.spec)?;
-        if container.kind == crate::pods::ContainerKind::Sidecar {
-            sidecars += limit;
-            init_peak = init_peak.max(sidecars);
-        } else {
-            init_peak = init_peak.max(sidecars + limit);
-        }
-    }
-    let mains = pod.main_containers().map(|c| container_memory_limit(c.spec)).sum::<Option<u64>>()?;
-    Some((mains + sidecars).max(init_peak) + overhead)
-}
-
-fn container_memory_limit(container: &Container) -> Option<u64> {
-    bytes(&container.resources.as_ref()?.limits.as_ref()?.get("memory")?.0)
+    let limited = |resources: Option<&ResourceRequirements>| {
+        resources.and_then(|r| r.limits.as_ref()?.get("memory")).is_some_and(|q| bytes(&q.0).is_some())
+    };
+    let declared =
+        limited(pod.spec().resources.as_ref()) || pod.containers().all(|c| limited(c.spec.resources.as_ref()));
+    let limit = declared.then(|| pod_limits(pod).get("memory").map(Quantity::value)).flatten();
+    limit.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0)
 }
 
 /// Makes the directory of `volume` and marks it ready. Returns its path.

@@ -298,7 +298,7 @@ mod tests {
         mounter.mount_tmpfs(&memory, Some(1 << 20)).unwrap();
         mounter.bind(&memory, &view).unwrap();
         mounter.remount_read_only(&view).unwrap();
-        let size = nix::sys::statfs::statfs(&memory).map(|s| s.blocks() as i64 * s.block_size() as i64);
+        let size = nix::sys::statfs::statfs(&memory).map(|s| s.block_size() * i64::try_from(s.blocks()).unwrap());
         let written = (std::fs::write(memory.join("f"), "x"), std::fs::write(view.join("g"), "x"));
         let mounted = mounter.is_mount_point(&view).unwrap();
         for path in [&view, &memory] {

@@ -95,10 +95,7 @@ async fn token(
         audience: source.audience.clone().unwrap_or_default(),
         expiration_seconds: source.expiration_seconds.unwrap_or(DEFAULT_EXPIRATION),
     };
-    let token = objects
-        .service_account_token(pod, &spec)
-        .await
-        .map_err(|e| SetUpError::retry(format!("failed to fetch token: {e}")))?;
+    let token = objects.service_account_token(pod, &spec).await?;
     let renew_at = Some(renewal(&token));
     let user = common_run_as_user(pod);
     // With a group set, the group's read permission is added when ownership is set: 0640.
@@ -197,7 +194,7 @@ mod tests {
     #[tokio::test]
     async fn v26_all_failing_sources_are_named_and_retried() {
         let objects = fixtures::Objects::default();
-        objects.fail_tokens(ApiError::Unavailable { message: "connection refused".into() });
+        objects.fail_tokens(ApiError::Unavailable { message: "failed to fetch token: connection refused".into() });
         let pod = fixtures::pod(json!({"spec": {"containers": []}}));
         let sources = json!([
             {"configMap": {"name": "missing"}},

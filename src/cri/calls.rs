@@ -19,8 +19,9 @@ macro_rules! call {
         if let Some(limit) = deadline {
             request.set_timeout(limit);
         }
-        let mut client = $self.$service.clone();
-        $self.measured(Rpc { name: $name, operation: $operation }, deadline, client.$method(request)).await
+        let mut client = $self.$service.client.clone();
+        let rpc = Rpc { name: $name, operation: $operation };
+        $self.measured(rpc, &$self.$service.socket, deadline, client.$method(request)).await
     }};
 }
 

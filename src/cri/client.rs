@@ -5,7 +5,14 @@
 //! the event stream. The deadline also travels to the runtime, which gives up by itself. The event stream has a connection of
 //! its own, so that an unread event can never hold up a call.
 
-use std::{error::Error as _, future::Future, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    error::Error as _,
+    future::Future,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt;
 use hyper_util::rt::TokioIo;
@@ -44,15 +51,20 @@ pub(super) struct Rpc {
     pub(super) operation: &'static str,
 }
 
+/// A generated client and the socket it dials.
+pub(super) struct Link<C> {
+    pub(super) client: C,
+    pub(super) socket: PathBuf,
+}
+
 /// Implements both ports over gRPC. Cheap to share behind an `Arc`.
 pub struct CriClient {
-    pub(super) runtime: RuntimeServiceClient<Channel>,
-    pub(super) images: ImageServiceClient<Channel>,
+    pub(super) runtime: Link<RuntimeServiceClient<Channel>>,
+    pub(super) images: Link<ImageServiceClient<Channel>>,
     events: RuntimeServiceClient<Channel>,
     pub(super) timeout: Duration,
     metrics: Arc<CriMetrics>,
     clock: SystemClock,
-    socket: PathBuf,
 }
 
 impl CriClient {
@@ -69,14 +81,14 @@ impl CriClient {
             None => socket.clone(),
         };
         let runtime_client = |channel| RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let image_client = ImageServiceClient::new(unix_channel(endpoint, images.clone())?);
         Ok(Self {
-            runtime: runtime_client(unix_channel(endpoint, socket.clone())?),
             events: runtime_client(unix_channel(endpoint, socket.clone())?),
-            images: ImageServiceClient::new(unix_channel(endpoint, images)?).max_decoding_message_size(MAX_MESSAGE),
+            runtime: Link { client: runtime_client(unix_channel(endpoint, socket.clone())?), socket },
+            images: Link { client: image_client.max_decoding_message_size(MAX_MESSAGE), socket: images },
             timeout: request_timeout,
             metrics,
             clock: SystemClock,
-            socket,
         })
     }
 
@@ -84,6 +96,7 @@ impl CriClient {
     pub(super) async fn measured<T>(
         &self,
         rpc: Rpc,
+        socket: &Path,
         deadline: Option<Duration>,
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, CriError> {
@@ -95,7 +108,7 @@ impl CriClient {
             None => call.await,
         };
         self.metrics.operation(rpc.operation, self.clock.now().mono - begun, answer.is_err());
-        answer.map(Response::into_inner).map_err(|status| self.error(rpc.name, &status))
+        answer.map(Response::into_inner).map_err(|status| to_error(rpc.name, &status, socket))
     }
 
     /// Opens the event stream; see [`super::RuntimeService::container_events`].
@@ -103,13 +116,9 @@ impl CriClient {
         const NAME: &str = "GetContainerEvents";
         let request = Request::new(super::v1::GetEventsRequest {});
         let opened = self.events.clone().get_container_events(request).await;
-        let stream = opened.map_err(|status| self.error(NAME, &status))?.into_inner();
-        let socket = self.socket.clone();
+        let stream = opened.map_err(|status| to_error(NAME, &status, &self.runtime.socket))?.into_inner();
+        let socket = self.runtime.socket.clone();
         Ok(stream.map(move |item| item.map_err(|status| to_error(NAME, &status, &socket))).boxed())
-    }
-
-    fn error(&self, rpc: &'static str, status: &Status) -> CriError {
-        to_error(rpc, status, &self.socket)
     }
 }
 
@@ -134,7 +143,7 @@ fn unix_channel(endpoint: &str, socket: PathBuf) -> Result<Channel, EndpointErro
 }
 
 /// Words a failure as Go's client does, so that users and tests find the strings they know.
-fn to_error(rpc: &'static str, status: &Status, socket: &std::path::Path) -> CriError {
+fn to_error(rpc: &'static str, status: &Status, socket: &Path) -> CriError {
     let (code, message) = (status.code(), status.message());
     // tonic's own timer may fire in the same instant as ours.
     if code == Code::Cancelled && message == "Timeout expired" {

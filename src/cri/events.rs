@@ -292,6 +292,7 @@ impl Lister {
             Ok(found) => {
                 self.metrics.last_seen_seconds.set(now.wall.as_second() as f64);
                 self.failing = false;
+                self.store.set_with_events(self.stream == Stream::Open);
                 if self.reason == Reason::SafetyNet {
                     self.adapt(found.surprises);
                 }
@@ -306,6 +307,8 @@ impl Lister {
                     tracing::warn!(%error, "listing what the runtime runs failed; trying on");
                 }
                 self.failing = true;
+                // An open stream proves nothing while lists fail.
+                self.store.set_with_events(false);
                 let reason = if self.reason == Reason::Start { Reason::Start } else { Reason::Retry };
                 self.due_in(self.settings.relist_period, reason);
             }

@@ -2,21 +2,39 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
+use futures::{StreamExt, stream};
 use hyper::server::conn::http2;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
 };
 use prometheus::Registry;
-use protocols::cri::v1::{
-    image_service_server::{ImageService as ImageServer, ImageServiceServer},
-    runtime_service_server::{RuntimeService as RuntimeServer, RuntimeServiceServer},
+use prost::Message;
+use protocols::{
+    containerd::{
+        events::TaskOom,
+        services::events::v1::{
+            Envelope, SubscribeRequest,
+            events_server::{Events as EventsServer, EventsServer as EventsServiceServer},
+        },
+    },
+    cri::v1::{
+        image_service_server::{ImageService as ImageServer, ImageServiceServer},
+        runtime_service_server::{RuntimeService as RuntimeServer, RuntimeServiceServer},
+    },
 };
 use tokio::{net::UnixListener, task::JoinSet};
-use tonic::{Code, Request, Response, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status, codegen::BoxStream};
 use tower::Service;
 
-use super::{CriClient, CriMetrics, ImageService, RuntimeService, v1};
+use super::{
+    CriClient, CriMetrics, ImageService, RuntimeService,
+    fake::tests::{running, runtime as fake_runtime},
+    follow_oom,
+    store::tests::store,
+    v1,
+};
 
 /// Answers a few calls in the ways that matter; all others are Unimplemented.
 #[derive(Clone, Default)]
@@ -49,6 +67,15 @@ impl RuntimeServer for Peer {
     ) -> Result<Response<v1::CreateContainerResponse>, Status> {
         Err(Status::unknown("failed to reserve container name"))
     }
+    /// One event, then silence.
+    async fn get_container_events(
+        &self,
+        request: Request<v1::GetEventsRequest>,
+    ) -> Result<Response<BoxStream<v1::ContainerEventResponse>>, Status> {
+        assert!(!request.metadata().contains_key("grpc-timeout"), "an event stream has no deadline");
+        let event = v1::ContainerEventResponse { container_id: "c".into(), ..Default::default() };
+        Ok(Response::new(Box::pin(stream::iter([Ok(event)]).chain(stream::pending()))))
+    }
     /// More than tonic's default limit of 4 MiB.
     async fn list_containers(
         &self,
@@ -71,12 +98,31 @@ impl ImageServer for Peer {
     }
 }
 
-/// Serves both services on one socket, as a runtime does. Aborting the task breaks every connection.
+#[tonic::async_trait]
+impl EventsServer for Peer {
+    async fn subscribe(&self, request: Request<SubscribeRequest>) -> Result<Response<BoxStream<Envelope>>, Status> {
+        assert_eq!(request.metadata().get("containerd-namespace").unwrap(), "k8s.io");
+        assert_eq!(request.get_ref().filters, ["namespace==k8s.io,topic==\"/tasks/oom\""]);
+        let id = OOM_KILLED.lock().unwrap().clone();
+        let mut envelope = Envelope { namespace: "k8s.io".into(), topic: "/tasks/oom".into(), ..Default::default() };
+        let event = envelope.event.get_or_insert_default();
+        event.type_url = "containerd.events.TaskOOM".into();
+        event.value = TaskOom { container_id: id }.encode_to_vec();
+        Ok(Response::new(Box::pin(stream::iter([Ok(envelope)]).chain(stream::pending()))))
+    }
+}
+
+/// What the peer's containerd events tell of.
+static OOM_KILLED: std::sync::Mutex<String> = std::sync::Mutex::new(String::new());
+
+/// Serves all services on one socket, as a runtime does. Aborting the task breaks every connection.
 fn serve(socket: &PathBuf) -> tokio::task::JoinHandle<()> {
     let listener = UnixListener::bind(socket).unwrap();
     let route = tower::service_fn(|request: http::Request<hyper::body::Incoming>| async move {
         if request.uri().path().starts_with("/runtime.v1.ImageService/") {
             ImageServiceServer::new(Peer).call(request).await
+        } else if request.uri().path().starts_with("/containerd.services.events.v1.Events/") {
+            EventsServiceServer::new(Peer).call(request).await
         } else {
             RuntimeServiceServer::new(Peer).call(request).await
         }
@@ -165,6 +211,42 @@ async fn s12_the_client_finds_a_runtime_that_comes_and_comes_back() {
         }
     }
     panic!("the client did not reconnect");
+}
+
+#[tokio::test]
+async fn p08_the_event_stream_delivers_and_says_when_it_breaks() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("cri.sock");
+    let server = serve(&socket);
+    let (client, _) = client(&socket, Duration::from_millis(50));
+    let mut events = client.container_events().await.unwrap();
+    assert_eq!(events.next().await.unwrap().unwrap().container_id, "c");
+    // Silence for longer than the request timeout breaks nothing.
+    assert!(tokio::time::timeout(Duration::from_millis(200), events.next()).await.is_err());
+    server.abort();
+    assert_eq!(events.next().await.unwrap().unwrap_err().code, Code::Unavailable);
+}
+
+#[tokio::test]
+async fn an_oom_kill_that_containerd_tells_marks_the_container_and_wakes_its_pod() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("cri.sock");
+    let _server = serve(&socket);
+    let fake = fake_runtime();
+    let (_, id) = running(&fake, "a", "web").await;
+    let (store, woken) = store(&fake);
+    store.relist().await.unwrap();
+    woken.take();
+    *OOM_KILLED.lock().unwrap() = id;
+    let endpoint = format!("unix://{}", socket.display());
+    let cancel = CancellationToken::new();
+    let following = tokio::spawn(follow_oom(endpoint, Arc::new(fake), store.clone(), cancel.clone()));
+    while woken.take().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(store.pod(&"a".into()).unwrap().latest("web").unwrap().oom_killed);
+    cancel.cancel();
+    following.await.unwrap();
 }
 
 #[test]

@@ -246,9 +246,20 @@ impl FakeRuntime {
         about: Vec<String>,
         act: impl FnOnce(&mut World, Timestamp) -> Result<T, CriError> + Send,
     ) -> Result<T, CriError> {
+        self.call_taking(rpc, about, Duration::ZERO, act).await
+    }
+
+    /// As [`Self::call`], after this much work of the runtime on top of the latency.
+    async fn call_taking<T>(
+        &self,
+        rpc: &'static str,
+        about: Vec<String>,
+        work: Duration,
+        act: impl FnOnce(&mut World, Timestamp) -> Result<T, CriError> + Send,
+    ) -> Result<T, CriError> {
         let (latency, fault, release) = self.begin(rpc, about)?;
         let _in_flight = InFlight { runtime: self, rpc };
-        tokio::time::sleep(latency).await;
+        tokio::time::sleep(latency + work).await;
         match &fault {
             Some(Fault::Error { code, message }) => return Err(CriError::new(rpc, *code, message.clone())),
             Some(Fault::Hang) => self.wait_for_release(rpc, release).await,

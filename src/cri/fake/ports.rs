@@ -5,6 +5,7 @@ use std::{collections::HashMap, time::Duration};
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
@@ -42,6 +43,20 @@ impl FakeRuntime {
         let known = world.containers.get(id);
         let names = known.map(|c| [c.name.clone(), c.pod_uid.clone(), c.pod_name.clone(), c.sandbox_id.clone()]);
         std::iter::once(id.to_owned()).chain(names.into_iter().flatten()).collect()
+    }
+
+    /// SIGTERM now, SIGKILL after the grace, until the process has ended.
+    async fn stop(self, id: String, on_term: OnTerm, exited: CancellationToken, grace: Duration) {
+        let by_itself = match on_term {
+            OnTerm::Exits { after, code } if !grace.is_zero() => Some((after, code)).filter(|_| after <= grace),
+            _ => None,
+        };
+        let (wait, code) = by_itself.unwrap_or((grace, 137));
+        tokio::select! {
+            biased;
+            () = exited.cancelled() => {}
+            () = tokio::time::sleep(wait) => self.end(&id, code, None),
+        }
     }
 
     fn about_sandbox(&self, id: &str) -> Vec<String> {
@@ -202,26 +217,26 @@ impl RuntimeService for FakeRuntime {
 
     async fn stop_container(&self, container_id: &str, grace: Duration) -> Result<(), CriError> {
         const RPC: &str = "StopContainer";
-        let running = self.call(RPC, self.about_container(container_id), |world, _| {
+        // The signals are sent by a task: an answer that gets lost does not take them back, a dropped call does.
+        let dropped = CancellationToken::new();
+        let guard = dropped.clone().drop_guard();
+        let runtime = self.clone();
+        let begun = self.call(RPC, self.about_container(container_id), |world, _| {
             let running = world.containers.get(container_id).filter(|c| c.state == ContainerState::Running);
-            Ok(running.map(|c| (c.exited.clone(), c.script.on_term)))
+            Ok(running.map(|container| {
+                let stopping =
+                    runtime.stop(container.id.clone(), container.script.on_term, container.exited.clone(), grace);
+                tokio::spawn(async move { dropped.run_until_cancelled(stopping).await });
+                container.exited.clone()
+            }))
         });
-        let Some((exited, on_term)) = running.await? else { return Ok(()) };
-        if let (OnTerm::Exits { after, code }, false) = (on_term, grace.is_zero()) {
-            let (runtime, id, exited) = (self.clone(), container_id.to_owned(), exited.clone());
-            // The signal is out: the process ends even if the caller goes away.
-            tokio::spawn(async move {
-                tokio::select! {
-                    biased;
-                    () = exited.cancelled() => {}
-                    () = tokio::time::sleep(after) => runtime.end(&id, code, None),
-                }
-            });
-        }
-        tokio::select! {
-            biased;
-            () = exited.cancelled() => {}
-            () = tokio::time::sleep(grace) => self.end(container_id, 137, None),
+        match begun.await {
+            Ok(Some(exited)) => exited.cancelled().await,
+            Ok(None) => {}
+            Err(error) => {
+                guard.disarm();
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -390,17 +405,17 @@ impl ImageService for FakeRuntime {
     ) -> Result<String, CriError> {
         const RPC: &str = "PullImage";
         let name = image.image;
-        let script = self.call(RPC, vec![name.clone()], |world, _| Ok(world.image_scripts.get(&name).cloned())).await?;
-        match script {
-            Some(ImageScript::Fails { code, message }) => {
+        let script = lock(&self.shared.world).image_scripts.get(&name).cloned().unwrap_or(ImageScript::Present);
+        let work = if let ImageScript::Pullable { after } = script { after } else { Duration::ZERO };
+        self.call_taking(RPC, vec![name.clone()], work, |world, _| {
+            if let ImageScript::Fails { code, message } = script {
                 let error = CriError::new(RPC, code, message);
                 return Err(if code == Code::Unknown { error.bare() } else { error });
             }
-            Some(ImageScript::Pullable { after }) => tokio::time::sleep(after).await,
-            Some(ImageScript::Present) | None => {}
-        }
-        lock(&self.shared.world).images.insert(name.clone());
-        Ok(image_id(&name))
+            world.images.insert(name.clone());
+            Ok(image_id(&name))
+        })
+        .await
     }
 
     async fn remove_image(&self, image: v1::ImageSpec) -> Result<(), CriError> {

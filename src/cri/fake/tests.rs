@@ -143,3 +143,15 @@ async fn images_are_present_pullable_or_failing() {
     fake.remove_image(spec("good")).await.unwrap();
     assert!(fake.list_images().await.unwrap().is_empty());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_whose_answer_is_lost_still_stops() {
+    let fake = runtime();
+    fake.script("web", [Script::ignores_term()]);
+    let (_, id) = running(&fake, "u", "web").await;
+    fake.inject("StopContainer", 1, Fault::DoneButLost);
+    assert!(fake.stop_container(&id, Duration::from_secs(2)).await.unwrap_err().outcome_unknown());
+    assert_eq!(fake.containers("u", "web")[0].1, ContainerState::Running);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(fake.containers("u", "web")[0].1, ContainerState::Exited);
+}

@@ -1,1 +1,3 @@
 //! pod_worker
+
+pub mod hooks;

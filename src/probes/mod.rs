@@ -1,7 +1,25 @@
 //! Probes: liveness, readiness and startup, each by exec, httpGet, tcpSocket or grpc (contract section 6).
 //!
 //! In: which containers run, from the pod's worker. Out: verdicts, read by the worker and the status; a wake when one changes.
+//! `decide` and `schedule` are pure; `tracking` owns one task per (container ID, probe); `prober` tries once, through `http`,
+//! `tcp`, `grpc` and `exec`. Connections live for one attempt. Nothing here kills or restarts anything.
 
+mod decide;
+mod exec;
+mod grpc;
+pub(crate) mod http;
+mod metrics;
+mod net_error;
 mod ports;
+mod prober;
+mod schedule;
+mod tcp;
+mod tracking;
+pub(crate) mod url;
 
+pub use decide::ProbeKind;
 pub use ports::{ContainerVerdicts, Liveness, PodProbes, ProbeTarget, Readiness, Startup};
+pub use tracking::NodeProbes;
+
+/// Major and minor as upstream writes them in a User-Agent: `kube-probe/1.37`.
+pub(crate) const KUBERNETES_MINOR: &str = "1.37";

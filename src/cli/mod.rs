@@ -15,4 +15,5 @@ pub use parse::{CliError, Command, Options, parse};
 pub use process::{ProcessSettings, apply_process_settings};
 pub use version::{
     COMMIT, CRATE_VERSION, KUBERNETES_VERSION, architecture, kubelet_version, user_agent, version_info, version_line,
+    version_raw,
 };

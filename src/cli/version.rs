@@ -36,23 +36,44 @@ pub fn user_agent() -> String {
     format!("kubelet/{} (linux/{}) kubernetes/rkubelet", kubelet_version(), architecture())
 }
 
-/// The JSON of the `/version` endpoint and, in one line, of `--version=raw`; the shape of `version.Info`.
+/// The JSON of `version.Info`, as `/statusz` and `kubernetes_build_info` show it.
 pub fn version_info() -> serde_json::Value {
-    let mut numbers = KUBERNETES_VERSION.trim_start_matches('v').split('.');
-    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    let (major, minor) = major_minor();
     serde_json::json!({
         "major": major,
         "minor": minor,
-        "emulationMajor": major,
-        "emulationMinor": minor,
         "gitVersion": kubelet_version(),
         "gitCommit": COMMIT,
         "gitTreeState": "clean",
-        "buildDate": "1970-01-01T00:00:00Z",
+        "buildDate": BUILD_DATE,
         "goVersion": "none",
         "compiler": "rustc",
-        "platform": format!("linux/{}", architecture()),
+        "platform": platform(),
     })
+}
+
+/// The line `--version=raw` prints: Go's view of its `version.Info`.
+pub fn version_raw() -> String {
+    let (major, minor) = major_minor();
+    format!(
+        "version.Info{{Major:{major:?}, Minor:{minor:?}, EmulationMajor:\"\", EmulationMinor:\"\", \
+         MinCompatibilityMajor:\"\", MinCompatibilityMinor:\"\", GitVersion:{:?}, GitCommit:{COMMIT:?}, \
+         GitTreeState:\"clean\", BuildDate:{BUILD_DATE:?}, GoVersion:\"none\", Compiler:\"rustc\", Platform:{:?}}}",
+        kubelet_version(),
+        platform(),
+    )
+}
+
+/// Builds are reproducible, so they carry no date.
+const BUILD_DATE: &str = "1970-01-01T00:00:00Z";
+
+fn platform() -> String {
+    format!("linux/{}", architecture())
+}
+
+fn major_minor() -> (&'static str, &'static str) {
+    let mut numbers = KUBERNETES_VERSION.trim_start_matches('v').split('.');
+    (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -83,6 +104,13 @@ mod tests {
         assert_eq!(version_line(), format!("Kubernetes v1.37.1+rkubelet.{CRATE_VERSION}"));
         assert!(kubeadm_reads(&version_line()));
         assert!(!kubeadm_reads("Kubernetes 1.37.1") && !kubeadm_reads("Kubernetes v1.37.1 extra"));
+    }
+
+    #[test]
+    fn s01_raw_version_is_gos_struct() {
+        let raw = version_raw();
+        assert!(raw.starts_with("version.Info{Major:\"1\", Minor:\"37\", EmulationMajor:\"\", "), "{raw}");
+        assert!(raw.contains(", GitVersion:\"v1.37.1+rkubelet."), "{raw}");
     }
 
     #[test]

@@ -54,8 +54,12 @@ pub enum DecodeError {
     Field { field: String, reason: String },
     #[error("failed to walk through kubelet dropin directory {path:?}: {source}")]
     Walk { path: PathBuf, source: std::io::Error },
-    #[error("failed to load kubelet dropin file, path: {path}, error: {source}", path = .path.display())]
-    DropIn { path: PathBuf, source: Box<DecodeError> },
+    #[error(
+        "failed to walk through kubelet dropin directory {directory:?}: failed to load kubelet dropin file, path: \
+         {path}, error: {source}",
+        path = .path.display()
+    )]
+    DropIn { directory: PathBuf, path: PathBuf, source: Box<DecodeError> },
 }
 
 /// A configuration on its way: known fields alone, and what was wrong but not fatal.
@@ -91,20 +95,29 @@ fn read(path: &Path) -> Result<String, DecodeError> {
 
 /// Strict first; unknown and doubled fields become warnings, all else is an error.
 pub(super) fn decode(text: &str) -> Result<Decoded, DecodeError> {
-    let mut warnings = Vec::new();
-    let mut object = parse_yaml(text, DuplicateKeyPolicy::Error).or_else(|strict| {
-        let lenient = parse_yaml(text, DuplicateKeyPolicy::LastWins)?;
-        warnings.push(strict);
-        Ok(lenient)
-    });
-    if let Ok(object) = &mut object {
-        take_type_meta(object)?;
-        warnings.extend(fields::take_unknown(object).iter().map(|path| format!("unknown field {path:?}")));
-        drop_nulls(object);
-    }
-    let object = object.map_err(DecodeError::Yaml)?;
+    let mut strict_errors = Vec::new();
+    let mut object = match parse_yaml(text, DuplicateKeyPolicy::Error) {
+        Ok(object) => object,
+        Err(strict) => {
+            let lenient = parse_yaml(text, DuplicateKeyPolicy::LastWins).map_err(DecodeError::Yaml)?;
+            strict_errors.push(strict);
+            lenient
+        }
+    };
+    take_type_meta(&mut object)?;
+    strict_errors.extend(unknown_field_errors(&fields::take_unknown(&mut object)));
+    drop_nulls(&mut object);
     typed(&with_dependent_defaults(object.clone()))?;
-    Ok(Decoded { object, warnings })
+    Ok(Decoded { object, warnings: lenient_warning(&strict_errors).into_iter().collect() })
+}
+
+fn unknown_field_errors(paths: &[String]) -> Vec<String> {
+    paths.iter().map(|path| format!("unknown field {path:?}")).collect()
+}
+
+fn lenient_warning(strict_errors: &[String]) -> Option<String> {
+    let errors = (!strict_errors.is_empty()).then(|| strict_errors.join(", "))?;
+    Some(format!("Using lenient decoding as strict decoding failed: strict decoding error: {errors}"))
 }
 
 /// YAML 1.1 scalars as Go reads them (dependencies 5.1): `0644` is octal, `yes` is true.
@@ -223,12 +236,14 @@ pub(super) fn clean(path: &Path) -> PathBuf {
 /// Merges each `.conf` file below `directory`, in lexical order, over `base` (a full configuration).
 pub(super) fn merge_drop_ins(base: &mut Decoded, directory: &Path) -> Result<(), DecodeError> {
     for path in drop_ins(directory)? {
-        let mut patch = read(&path)
-            .and_then(|text| decode_drop_in(&text))
-            .map_err(|source| DecodeError::DropIn { path: path.clone(), source: Box::new(source) })?;
-        for unknown in fields::take_unknown(&mut patch) {
-            base.warnings.push(format!("unknown field {unknown:?} in {}", path.display()));
-        }
+        let mut patch = read(&path).and_then(|text| decode_drop_in(&text)).map_err(|source| DecodeError::DropIn {
+            directory: directory.to_owned(),
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
+        let unknown = fields::take_unknown(&mut patch);
+        base.warnings
+            .extend(lenient_warning(&unknown_field_errors(&unknown)).map(|w| format!("{}: {w}", path.display())));
         merge_patch(&mut base.object, patch);
     }
     base.object = with_dependent_defaults(std::mem::take(&mut base.object));
@@ -304,10 +319,14 @@ mod tests {
     fn s06_unknown_and_doubled_fields_are_warnings() {
         let decoded = parse("port: 1\nport: 2\nfuture: 1\nauthentication: {webhook: {new: 1}}").unwrap();
         assert_eq!(decoded.object["port"], 2);
-        assert_eq!(decoded.warnings.len(), 3, "{:?}", decoded.warnings);
-        assert!(decoded.warnings[0].contains("duplicate"), "{:?}", decoded.warnings);
-        assert!(decoded.warnings.contains(&"unknown field \"future\"".to_owned()));
-        assert!(decoded.warnings.contains(&"unknown field \"authentication.webhook.new\"".to_owned()));
+        let [warning] = &decoded.warnings[..] else { panic!("{:?}", decoded.warnings) };
+        assert!(
+            warning.starts_with("Using lenient decoding as strict decoding failed: strict decoding error: "),
+            "{warning}"
+        );
+        for part in ["duplicate", "unknown field \"future\"", "unknown field \"authentication.webhook.new\""] {
+            assert!(warning.contains(part), "{warning}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod fields;
 mod flags;
 mod go_duration;
 mod labels;
+mod sections;
 mod types;
 mod validation;
 
@@ -27,7 +28,8 @@ pub use fields::{ineffective_fields, no_effect};
 pub use flags::{CloudProvider, Flags};
 pub use go_duration::{GoDuration, GoDurationError};
 pub use labels::{label_key_errors, label_value_errors, parse_taint, validate_node_labels};
-pub use types::*;
+pub use sections::*;
+pub use types::KubeletConfiguration;
 pub use validation::parse_cpu_set;
 
 /// A configuration field that a flag sets.
@@ -100,6 +102,8 @@ pub enum ConfigError {
     Flags(DecodeError),
     #[error("failed to set feature gates from initial flags-based config: {}", aggregate(.0))]
     FeatureGates(Vec<FeatureGateError>),
+    #[error("initialize logging: {}", aggregate(.0))]
+    Logging(Vec<String>),
     #[error("failed to validate kubelet configuration, error: {}, path: {path}", aggregate(.errors), path = .path.display())]
     Invalid { errors: Vec<String>, path: PathBuf },
     #[error("failed to validate kubelet flags: {0}")]
@@ -133,6 +137,10 @@ impl Config {
 
         let (kubelet, mut warnings) = layer(&flags, overrides, &flag_gates)?;
         let feature_gates = FeatureGates::from_map(&kubelet.feature_gates).map_err(ConfigError::FeatureGates)?;
+        let errors = validation::validate_logging(&kubelet.logging, &feature_gates);
+        if !errors.is_empty() {
+            return Err(ConfigError::Logging(errors));
+        }
         let errors = validation::validate(&kubelet, &feature_gates, host.cgroup);
         if !errors.is_empty() {
             return Err(ConfigError::Invalid { errors, path: flags.config_file.unwrap_or_default() });

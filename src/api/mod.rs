@@ -5,6 +5,7 @@
 
 mod cache;
 mod client;
+mod correlator;
 mod credentials;
 mod kubeconfig;
 mod limiter;
@@ -12,6 +13,7 @@ pub(crate) mod list_watch;
 mod objects;
 mod ports;
 pub(crate) mod presence;
+mod recorder;
 mod references;
 pub(crate) mod rest;
 mod services;
@@ -23,3 +25,4 @@ pub use client::{ApiClients, ApiSettings, WatchSlot};
 pub use kubeconfig::ApiSetupError;
 pub(crate) use limiter::Backoff;
 pub use ports::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec};
+pub use recorder::EventRecorder;

@@ -1,0 +1,207 @@
+//! Delivers Kubernetes events (contract P-45, S-11): [`EventSink`] for the rest of the agent, core/v1 Events for the apiserver.
+//!
+//! In: reasons and messages from any thread. Out: POST or PATCH on the events client, in order, by one task. The queue is bounded and
+//! a full one drops (counted); while the apiserver is away the task holds the event in hand and tries it again, up to twelve times.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use http::Method;
+use k8s_openapi::{
+    api::core::v1::{Event, EventSource, ObjectReference},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    client::ApiClients,
+    correlator::{Correlator, Decision},
+    rest::{self, RestError},
+};
+use crate::{
+    events::{EventSink, EventType, Regarding},
+    pods::Pod,
+    time::{Clock, api_time},
+};
+
+const QUEUE: usize = 1000;
+const TRIES: u32 = 12;
+const PAUSE: Duration = Duration::from_secs(10);
+const COMPONENT: &str = "kubelet";
+/// Longest DNS subdomain: what an object's name may be.
+const LONGEST_NAME: usize = 253;
+
+/// The node's event recorder. Cheap to share by `Arc`.
+pub struct EventRecorder {
+    queue: mpsc::Sender<Event>,
+    node_name: String,
+    clock: Arc<dyn Clock>,
+    dropped: AtomicU64,
+}
+
+impl EventRecorder {
+    /// Starts the delivering task, which ends with `cancel` or with this value.
+    pub fn start(clients: &ApiClients, node_name: &str, clock: Arc<dyn Clock>, cancel: CancellationToken) -> Arc<Self> {
+        let (queue, events) = mpsc::channel(QUEUE);
+        let delivery =
+            Delivery { client: clients.events.clone(), clock: Arc::clone(&clock), correlator: Correlator::new() };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = delivery.run(events) => {}
+            }
+        });
+        Arc::new(Self { queue, node_name: node_name.to_owned(), clock, dropped: AtomicU64::new(0) })
+    }
+
+    /// Events dropped because the queue was full.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    fn make(&self, regarding: &Regarding, kind: EventType, reason: &str, message: String) -> Event {
+        let involved = match regarding {
+            Regarding::Pod(pod) => pod_reference(pod, None),
+            Regarding::Container { pod, field_path } => pod_reference(pod, Some(field_path.clone())),
+            Regarding::Node => ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Node".to_owned()),
+                name: Some(self.node_name.clone()),
+                uid: Some(self.node_name.clone()),
+                ..ObjectReference::default()
+            },
+        };
+        let now = self.clock.now().wall;
+        let at = api_time(now);
+        let metadata = ObjectMeta {
+            name: Some(event_name(involved.name.as_deref().unwrap_or_default(), now.as_nanosecond())),
+            namespace: Some(involved.namespace.clone().unwrap_or_else(|| "default".to_owned())),
+            ..ObjectMeta::default()
+        };
+        Event {
+            metadata,
+            involved_object: involved,
+            type_: Some(kind.as_str().to_owned()),
+            reason: Some(reason.to_owned()),
+            message: Some(message),
+            count: Some(1),
+            first_timestamp: Some(at.clone()),
+            last_timestamp: Some(at),
+            source: Some(EventSource { component: Some(COMPONENT.to_owned()), host: Some(self.node_name.clone()) }),
+            reporting_component: Some(COMPONENT.to_owned()),
+            reporting_instance: Some(self.node_name.clone()),
+            ..Event::default()
+        }
+    }
+}
+
+impl EventSink for EventRecorder {
+    fn event(&self, regarding: Regarding, kind: EventType, reason: &str, message: String) {
+        let event = self.make(&regarding, kind, reason, message);
+        if self.queue.try_send(event).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(reason, "event dropped: the queue is full");
+        }
+    }
+}
+
+fn pod_reference(pod: &Pod, field_path: Option<String>) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Pod".to_owned()),
+        namespace: Some(pod.namespace().to_owned()),
+        name: Some(pod.name().to_owned()),
+        uid: Some(pod.uid().as_str().to_owned()),
+        resource_version: pod.metadata().resource_version.clone(),
+        field_path,
+    }
+}
+
+/// `<object>.<hexadecimal nanoseconds>`, or a UUID where that would be too long.
+fn event_name(object: &str, nanos: i128) -> String {
+    let name = format!("{object}.{nanos:x}");
+    if name.len() <= LONGEST_NAME { name } else { uuid::Uuid::new_v4().to_string() }
+}
+
+struct Delivery {
+    client: kube::Client,
+    clock: Arc<dyn Clock>,
+    correlator: Correlator,
+}
+
+impl Delivery {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>) {
+        while let Some(event) = events.recv().await {
+            match self.correlator.decide(event, self.clock.now()) {
+                Decision::Drop => {}
+                Decision::Create(event) => self.deliver(&event, false).await,
+                Decision::Count(event) => self.deliver(&event, true).await,
+            }
+        }
+    }
+
+    async fn deliver(&self, event: &Event, known: bool) {
+        for attempt in 1..=TRIES {
+            match self.send(event, known).await {
+                Ok(()) => return,
+                Err(error @ RestError::Transport(_)) => {
+                    tracing::debug!(%error, attempt, "event cannot be written yet");
+                }
+                Err(error) if matches!(error.code(), Some(429 | 500..)) => {
+                    tracing::debug!(%error, attempt, "event cannot be written yet");
+                }
+                Err(error) => {
+                    // Its namespace is going, or the event is malformed: the same words would be refused again.
+                    tracing::debug!(%error, reason = ?event.reason, "event was refused");
+                    return;
+                }
+            }
+            // The first pause is random, so that the nodes of a cluster do not return all at once.
+            let pause = if attempt == 1 { PAUSE.mul_f64(rand::random_range(0.0..1.0)) } else { PAUSE };
+            tokio::time::sleep(pause).await;
+        }
+        tracing::warn!(reason = ?event.reason, "event was given up after {TRIES} tries");
+    }
+
+    async fn send(&self, event: &Event, known: bool) -> Result<(), RestError> {
+        let namespace = event.metadata.namespace.as_deref().unwrap_or("default");
+        let path = format!("/api/v1/namespaces/{namespace}/events");
+        if known {
+            let name = event.metadata.name.as_deref().unwrap_or_default();
+            let patch = json!({
+                "count": event.count,
+                "lastTimestamp": event.last_timestamp,
+                "message": event.message,
+            });
+            let body = patch.to_string().into_bytes();
+            let answer =
+                rest::call(&self.client, Method::PATCH, &format!("{path}/{name}"), rest::STRATEGIC_MERGE, body).await;
+            match answer {
+                // The apiserver forgets events after an hour.
+                Err(error) if error.is_not_found() => {}
+                other => return other.map(drop),
+            }
+        }
+        let body =
+            serde_json::to_vec(event).map_err(|e| RestError::Decode { what: "event", problem: e.to_string() })?;
+        rest::call(&self.client, Method::POST, &path, rest::JSON, body).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn p45_event_names_are_hexadecimal_nanoseconds() {
+        assert_eq!(event_name("web", 0x18_2b3c), "web.182b3c");
+        assert_eq!(event_name(&"x".repeat(250), 0x1234_5678).len(), 36);
+    }
+}

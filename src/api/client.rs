@@ -122,7 +122,7 @@ impl ApiClients {
 }
 
 /// HTTP/2 connections with a bounded number of watches each.
-struct WatchPool {
+pub(super) struct WatchPool {
     lanes: Mutex<Vec<Lane>>,
     make: Box<dyn Fn() -> Client + Send + Sync>,
     open: Arc<AtomicI64>,
@@ -134,11 +134,11 @@ struct Lane {
 }
 
 impl WatchPool {
-    fn new(make: impl Fn() -> Client + Send + Sync + 'static) -> Self {
+    pub(super) fn new(make: impl Fn() -> Client + Send + Sync + 'static) -> Self {
         Self { lanes: Mutex::default(), make: Box::new(make), open: Arc::default() }
     }
 
-    fn take(&self) -> WatchSlot {
+    pub(super) fn take(&self) -> WatchSlot {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         // An unused lane beyond the first is a connection to give back.
         let mut first = true;

@@ -7,6 +7,8 @@ mod cache;
 mod client;
 mod correlator;
 mod credentials;
+#[cfg(test)]
+pub(crate) mod fake;
 mod kubeconfig;
 mod limiter;
 pub(crate) mod list_watch;
@@ -17,8 +19,12 @@ mod recorder;
 mod references;
 pub(crate) mod rest;
 mod services;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod transport;
+#[cfg(test)]
+mod transport_tests;
 
 pub use cache::ObjectCache;
 pub use client::{ApiClients, ApiSettings, WatchSlot};

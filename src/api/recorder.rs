@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -42,6 +42,7 @@ const LONGEST_NAME: usize = 253;
 pub struct EventRecorder {
     queue: mpsc::Sender<Event>,
     node_name: String,
+    node_uid: OnceLock<String>,
     clock: Arc<dyn Clock>,
     dropped: AtomicU64,
 }
@@ -58,7 +59,20 @@ impl EventRecorder {
                 () = delivery.run(events) => {}
             }
         });
-        Arc::new(Self { queue, node_name: node_name.to_owned(), clock, dropped: AtomicU64::new(0) })
+        Arc::new(Self {
+            queue,
+            node_name: node_name.to_owned(),
+            node_uid: OnceLock::new(),
+            clock,
+            dropped: AtomicU64::new(0),
+        })
+    }
+
+    /// The Node object's UID, for events about the node. Before it is known they carry none, as upstream's since 1.37. The first
+    /// value stays.
+    pub fn set_node_uid(&self, uid: &str) {
+        // A second call has nothing to add.
+        self.node_uid.set(uid.to_owned()).ok();
     }
 
     /// Events dropped because the queue was full.
@@ -74,7 +88,7 @@ impl EventRecorder {
                 api_version: Some("v1".to_owned()),
                 kind: Some("Node".to_owned()),
                 name: Some(self.node_name.clone()),
-                uid: Some(self.node_name.clone()),
+                uid: self.node_uid.get().cloned(),
                 ..ObjectReference::default()
             },
         };

@@ -176,7 +176,7 @@ fn diff_map(old: &Map<String, Value>, new: &Map<String, Value>) -> Map<String, V
     patch
 }
 
-fn items<'a>(list: Option<&'a Value>) -> impl Iterator<Item = &'a Map<String, Value>> + Clone {
+fn items(list: Option<&Value>) -> impl Iterator<Item = &Map<String, Value>> + Clone {
     list.and_then(Value::as_array).map_or(&[][..], Vec::as_slice).iter().filter_map(Value::as_object)
 }
 

@@ -144,6 +144,9 @@ class Cluster:
             poll(lambda: self.exists("serviceaccounts", "default", name), 30, f"service account of {name}", 0.02)
             yield name
         finally:
+            # The namespace controller looks again only seconds later when there are still pods.
+            self.api.delete(self.path("pods", name))
+            poll(lambda: not self.list("pods", name), 120, f"the pods of {name} are gone")
             self.delete("namespaces", name, timeout=120)
 
     def pod(self, name: str, ns: str, image: str | None = None, args: list[str] | None = None,

@@ -413,4 +413,11 @@ mod tests {
         let missing = load_file(&directory.path().join("none")).unwrap_err().to_string();
         assert!(missing.starts_with("failed to read kubelet config file "), "{missing}");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_decodes_or_errs(body in "[-a-zA-Z0-9:{}\\[\\],'\"&*#|> \n]{0,80}") {
+            let _ = parse(&body);
+        }
+    }
 }

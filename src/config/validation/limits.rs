@@ -134,6 +134,13 @@ pub(super) fn check_pull_policy(c: &KubeletConfiguration, gates: &FeatureGates, 
              \"NeverVerifyAllowlistedImages\""
                 .into()
         });
+        if policy == ALLOWLISTED
+            && let Some(reason) = allowlist.iter().find_map(|pattern| allowlist_pattern_error(pattern))
+        {
+            errors.require(false, || {
+                format!("invalid image pattern in `preloadedImagesVerificationAllowlist`: {reason}")
+            });
+        }
     } else {
         for (unset, name) in [
             (policy.is_empty(), "imagePullCredentialsVerificationPolicy"),
@@ -144,6 +151,30 @@ pub(super) fn check_pull_policy(c: &KubeletConfiguration, gates: &FeatureGates, 
             });
         }
     }
+}
+
+/// A pattern is an image without tag or digest, or a registry or path that ends with `/*`.
+fn allowlist_pattern_error(pattern: &str) -> Option<String> {
+    if pattern != pattern.trim() {
+        return Some(format!("leading/trailing spaces are not allowed: {pattern}"));
+    }
+    let (name, wildcard) = match pattern.strip_suffix("/*") {
+        Some(name) => (name, true),
+        None => (pattern, false),
+    };
+    if name.is_empty() {
+        return Some(if wildcard {
+            "at least registry hostname is required".to_owned()
+        } else {
+            format!("the supplied pattern is too short: {pattern}")
+        });
+    }
+    if name.contains('*') {
+        return Some(format!("not a valid wildcard pattern, only patterns ending with '/*' are allowed: {pattern}"));
+    }
+    let last = name.rsplit('/').next().unwrap_or(name);
+    (!wildcard && (name.contains('@') || last.contains(':')))
+        .then(|| format!("neither tag nor digest is accepted in an image reference: {pattern}"))
 }
 
 pub(super) fn check_taints(c: &KubeletConfiguration, errors: &mut Violations) {

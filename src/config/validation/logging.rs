@@ -59,12 +59,24 @@ pub(in super::super) fn validate_logging(logging: &Logging, gates: &FeatureGates
 }
 
 pub(super) fn check_tracing(c: &KubeletConfiguration, errors: &mut Violations) {
-    if let Some(rate) = c.tracing.as_ref().and_then(|tracing| tracing.sampling_rate_per_million) {
+    let Some(tracing) = &c.tracing else { return };
+    if let Some(rate) = tracing.sampling_rate_per_million {
         let path = "tracing.samplingRatePerMillion: Invalid value";
         errors.plain(rate >= 0, format!("{path}: {rate}: sampling rate must be positive"));
         errors.plain(
             rate <= 1_000_000,
             format!("{path}: {rate}: sampling rate per million must be less than or equal to one million"),
+        );
+    }
+    let endpoint = tracing.endpoint.as_deref().unwrap_or_default();
+    if let Some((scheme, _)) = endpoint.split_once("//") {
+        let scheme = scheme.trim_end_matches(':');
+        errors.plain(
+            matches!(scheme, "dns" | "unix" | "unix-abstract"),
+            format!(
+                "tracing.endpoint: Invalid value: {endpoint:?}: unsupported scheme: {scheme}.  Options are none, dns, \
+                 unix, or unix-abstract.  See https://github.com/grpc/grpc/blob/master/doc/naming.md"
+            ),
         );
     }
 }

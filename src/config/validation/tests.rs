@@ -162,6 +162,34 @@ fn s09_tracing_and_hidden_metrics_come_without_prefix() {
 }
 
 #[test]
+fn s09_allowlist_patterns() {
+    let of = |pattern: &str| {
+        violations(json!({
+            "imagePullCredentialsVerificationPolicy": "NeverVerifyAllowlistedImages",
+            "preloadedImagesVerificationAllowlist": [pattern],
+        }))
+    };
+    for fine in ["registry.k8s.io/*", "registry:5000/a/b", "busybox"] {
+        assert_eq!(of(fine), [""; 0], "{fine}");
+    }
+    for (pattern, reason) in [
+        ("*", "not a valid wildcard pattern, only patterns ending with '/*' are allowed: *"),
+        ("/*", "at least registry hostname is required"),
+        ("a/b:1", "neither tag nor digest is accepted in an image reference: a/b:1"),
+        (" a", "leading/trailing spaces are not allowed:  a"),
+    ] {
+        let message = format!("{PREFIX}invalid image pattern in `preloadedImagesVerificationAllowlist`: {reason}");
+        assert_eq!(of(pattern), [message]);
+    }
+}
+
+#[test]
+fn s09_tracing_endpoint_has_a_known_scheme() {
+    assert_eq!(violations(json!({"tracing": {"endpoint": "localhost:4317"}})), [""; 0]);
+    assert!(violations(json!({"tracing": {"endpoint": "http://a"}}))[0].contains("unsupported scheme: http."));
+}
+
+#[test]
 fn s13_cgroup_v1_is_refused_unless_allowed() {
     let mut configuration = KubeletConfiguration::default();
     let gates = FeatureGates::default();

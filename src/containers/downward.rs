@@ -36,31 +36,43 @@ pub fn format_map(map: &BTreeMap<String, String>) -> String {
     lines.join("\n")
 }
 
+/// Quotes as Go's `strconv.Quote`: printable Unicode stays, the rest is escaped.
 fn go_quote(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('"');
     for c in text.chars() {
         match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\u{7}' => out.push_str("\\a"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{c}' => out.push_str("\\f"),
+            '"' | '\\' => out.extend(['\\', c]),
+            '\x07' => out.push_str("\\a"),
+            '\x08' => out.push_str("\\b"),
+            '\x0c' => out.push_str("\\f"),
             '\n' => out.push_str("\\n"),
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
-            '\u{b}' => out.push_str("\\v"),
-            c if c < ' ' || c == '\u{7f}' => {
-                let _ = write!(out, "\\x{:02x}", u32::from(c));
-            }
-            c if c.is_control() || (c.is_whitespace() && c != ' ') || c == '\u{feff}' => {
-                let _ = write!(out, "\\u{:04x}", u32::from(c));
-            }
-            c => out.push(c),
+            '\x0b' => out.push_str("\\v"),
+            c if is_printable(c) => out.push(c),
+            // Writing to a String cannot fail.
+            c if u32::from(c) < 0x80 => drop(write!(out, "\\x{:02x}", u32::from(c))),
+            c if u32::from(c) < 0x10000 => drop(write!(out, "\\u{:04x}", u32::from(c))),
+            c => drop(write!(out, "\\U{:08x}", u32::from(c))),
         }
     }
     out.push('"');
     out
+}
+
+/// Letters, marks, numbers, punctuation, symbols and the ASCII space. Rust's own escaping draws the same line for a character
+/// that is not the first of its string (as the first it would also escape combining marks).
+fn is_printable(c: char) -> bool {
+    match c {
+        ' '..='~' => true,
+        c if c.is_ascii() => false,
+        c => {
+            let mut after_letter = String::from("a");
+            after_letter.push(c);
+            after_letter.escape_debug().count() == 2
+        }
+    }
 }
 
 /// `resourceFieldRef`: the amount in `divisor`s, rounded up. An unset limit of cpu, memory or ephemeral-storage reads as the
@@ -165,6 +177,21 @@ mod tests {
             pod_field(&pod, "spec.x['a']").unwrap_err().message,
             "field label does not support subscript: spec.x['a']"
         );
+    }
+
+    #[test]
+    fn p52_values_are_quoted_as_go_quotes() {
+        for (text, quoted) in [
+            ("plain", "\"plain\""),
+            ("tab\tnul\0del\x7f", "\"tab\\tnul\\x00del\\x7f\""),
+            ("back\\slash", "\"back\\\\slash\""),
+            ("grün ☃ 日本 e\u{301}", "\"grün ☃ 日本 e\u{301}\""),
+            ("nbsp\u{a0}zwj\u{200d}", "\"nbsp\\u00a0zwj\\u200d\""),
+            ("\u{e0001}", "\"\\U000e0001\""),
+            ("it's", "\"it's\""),
+        ] {
+            assert_eq!(go_quote(text), quoted);
+        }
     }
 
     #[test]

@@ -2,8 +2,6 @@
 //!
 //! In: the pod and the node's allocatable (the default of limits). Out: a payload. Pure.
 
-use std::{collections::BTreeMap, fmt::Write as _};
-
 use k8s_openapi::api::core::v1::{Container, DownwardAPIVolumeFile, ResourceFieldSelector};
 
 use super::{
@@ -11,7 +9,7 @@ use super::{
     payload::{FileContent, Payload},
     set_up_error::SetUpError,
 };
-use crate::{node::NodeFacts, pods::Pod, quantity::Quantity};
+use crate::{containers::format_map, node::NodeFacts, pods::Pod, quantity::Quantity};
 
 /// The files of a downwardAPI source.
 pub(super) fn payload(
@@ -56,50 +54,6 @@ fn field_value(pod: &Pod, path: &str) -> Result<String, String> {
         "metadata.namespace" => Ok(pod.namespace().to_owned()),
         "metadata.uid" => Ok(pod.uid().to_string()),
         _ => Err(format!("unsupported fieldPath: {path}")),
-    }
-}
-
-/// `key="escaped value"` lines in order of keys, no newline at the end.
-fn format_map(map: &BTreeMap<String, String>) -> String {
-    map.iter().map(|(key, value)| format!("{key}={}", go_quote(value))).collect::<Vec<_>>().join("\n")
-}
-
-/// Quotes as Go's `strconv.Quote`: printable Unicode stays, the rest is escaped.
-fn go_quote(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + 2);
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            '\x07' => out.push_str("\\a"),
-            '\x08' => out.push_str("\\b"),
-            '\x0c' => out.push_str("\\f"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\x0b' => out.push_str("\\v"),
-            c if is_printable(c) => out.push(c),
-            // Writing to a String cannot fail.
-            c if u32::from(c) < 0x80 => drop(write!(out, "\\x{:02x}", u32::from(c))),
-            c if u32::from(c) < 0x10000 => drop(write!(out, "\\u{:04x}", u32::from(c))),
-            c => drop(write!(out, "\\U{:08x}", u32::from(c))),
-        }
-    }
-    out.push('"');
-    out
-}
-
-/// Letters, marks, numbers, punctuation, symbols and the ASCII space. Rust's own escaping draws the same line for a character
-/// that is not the first of its string (as the first it would also escape combining marks).
-fn is_printable(c: char) -> bool {
-    match c {
-        ' '..='~' => true,
-        c if c.is_ascii() => false,
-        c => {
-            let mut after_letter = String::from("a");
-            after_letter.push(c);
-            after_letter.escape_debug().count() == 2
-        }
     }
 }
 
@@ -175,21 +129,6 @@ mod tests {
             field_value(&pod(), "metadata.name['x']").unwrap_err(),
             "fieldPath \"metadata.name['x']\" does not support subscript"
         );
-    }
-
-    #[test]
-    fn v25_values_are_quoted_as_go_quotes() {
-        for (text, quoted) in [
-            ("plain", "\"plain\""),
-            ("tab\tnul\0del\x7f", "\"tab\\tnul\\x00del\\x7f\""),
-            ("back\\slash", "\"back\\\\slash\""),
-            ("grün ☃ 日本 e\u{301}", "\"grün ☃ 日本 e\u{301}\""),
-            ("nbsp\u{a0}zwj\u{200d}", "\"nbsp\\u00a0zwj\\u200d\""),
-            ("\u{e0001}", "\"\\U000e0001\""),
-            ("it's", "\"it's\""),
-        ] {
-            assert_eq!(go_quote(text), quoted);
-        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! From a container's volumeMounts to CRI mounts (contract P-62, V-43, V-50). Pure, but for the subPath that
 //! [`sub_path`](super::sub_path) prepares.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::VolumeMount;
 use protocols::cri::v1;
 
 use super::{MountedVolume, MountedVolumes};
+use crate::containers::expand_sub_path;
 
 /// Where the files of one volumeMount come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,35 +91,6 @@ fn recursive_read_only(mount: &VolumeMount, runtime_can: bool) -> Result<bool, S
         "Enabled" => Err(format!("{requested} supported by the runtime")),
         other => Err(format!("unknown recursive read-only mode {other:?}")),
     }
-}
-
-/// `$(VAR)` from the environment, `$$` is a dollar; a variable that is missing or empty is an error.
-fn expand_sub_path(expr: &str, env: &BTreeMap<String, String>) -> Result<String, String> {
-    let mut out = String::new();
-    let mut missing = BTreeSet::new();
-    let mut rest = expr;
-    while let Some(at) = rest.find('$') {
-        out.push_str(&rest[..at]);
-        let after = &rest[at + 1..];
-        if let Some(tail) = after.strip_prefix('$') {
-            out.push('$');
-            rest = tail;
-        } else if let Some((name, tail)) = after.strip_prefix('(').and_then(|r| r.split_once(')')) {
-            match env.get(name).filter(|value| !value.is_empty()) {
-                Some(value) => out.push_str(value),
-                None => drop(missing.insert(name)),
-            }
-            rest = tail;
-        } else {
-            out.push('$');
-            rest = after;
-        }
-    }
-    out.push_str(rest);
-    if missing.is_empty() {
-        return Ok(out);
-    }
-    Err(format!("missing value for {}", missing.into_iter().collect::<Vec<_>>().join(", ")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,10 @@
 //! What the rest of the agent needs to know about its node, as one snapshot in a watch channel.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use tokio::sync::watch;
+
+use crate::wake::{Cause, WakeSink};
 
 /// A consistent snapshot. Published, then the pods that it concerns are woken with `Cause::Node`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -24,4 +28,69 @@ pub struct NodeFacts {
     pub recursive_read_only_handlers: Vec<String>,
     /// This host runs cgroup v2 (unified).
     pub cgroup_v2: bool,
+}
+
+/// The one writer of [`NodeFacts`]: publishes first, then wakes.
+#[derive(Clone)]
+pub(super) struct FactsPublisher {
+    facts: watch::Sender<Arc<NodeFacts>>,
+    wakes: Arc<dyn WakeSink>,
+}
+
+impl FactsPublisher {
+    pub(super) fn new(facts: NodeFacts, wakes: Arc<dyn WakeSink>) -> Self {
+        Self { facts: watch::Sender::new(Arc::new(facts)), wakes }
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Arc<NodeFacts>> {
+        self.facts.subscribe()
+    }
+
+    /// Changes the snapshot; nobody hears of a change that changes nothing.
+    pub(super) fn update(&self, change: impl FnOnce(&mut NodeFacts)) {
+        let changed = self.facts.send_if_modified(|current| {
+            let mut next = NodeFacts::clone(current);
+            change(&mut next);
+            let changed = next != **current;
+            if changed {
+                *current = Arc::new(next);
+            }
+            changed
+        });
+        if changed {
+            self.wakes.wake_all(Cause::Node);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::pods::PodUid;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl WakeSink for Count {
+        fn wake(&self, _: &PodUid, _: Cause) {}
+        fn wake_all(&self, cause: Cause) {
+            assert_eq!(cause, Cause::Node);
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn pods_are_woken_by_a_change_and_only_by_one() {
+        let wakes = Arc::new(Count::default());
+        let publisher = FactsPublisher::new(NodeFacts::default(), wakes.clone());
+        let mut receiver = publisher.subscribe();
+        publisher.update(|facts| facts.runtime_ready = false);
+        assert_eq!(wakes.0.load(Ordering::SeqCst), 0);
+        assert!(!receiver.has_changed().unwrap());
+        publisher.update(|facts| facts.runtime_ready = true);
+        assert_eq!(wakes.0.load(Ordering::SeqCst), 1);
+        assert!(receiver.borrow_and_update().runtime_ready);
+    }
 }

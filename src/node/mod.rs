@@ -2,7 +2,42 @@
 //!
 //! In: facts of this machine (from `/proc`, `/sys`, the file system), of the runtime (CRI Status) and of the agent. Out: the Node,
 //! its Lease, its CSINode at the apiserver, and [`NodeFacts`] for the rooms that need them.
+//!
+//! `sensors` reads the machine, `runtime_state` the runtime; `status` makes the Node from both (pure), `publisher` writes it, `watch_node` reads
+//! it back. The lease has a thread of its own.
 
+mod addresses;
+mod agent;
+mod capacity;
+mod conditions;
+mod csinode;
 mod facts;
+#[cfg(test)]
+mod fake_api;
+pub mod host;
+mod images;
+mod lease;
+mod machine;
+mod patch;
+mod pod_cidr;
+mod pressure;
+mod publisher;
+mod registration;
+mod runtime_state;
+mod sensors;
+mod settings;
+mod signals;
+mod status;
+pub mod tunables;
+mod watch_node;
 
+pub use addresses::node_name;
+pub use agent::{NodeAgent, NodeHandles, NodeParts};
+pub use capacity::{PodSlots, Reservations};
 pub use facts::NodeFacts;
+pub use machine::{FileSystem, HostPaths, HugePages, Machine, MachineError, file_system};
+pub use pressure::{Observation, Observations, Pressure};
+pub use publisher::HealthCheck;
+pub use runtime_state::{Handshake, RuntimeHandler, RuntimeState, handshake};
+pub use settings::NodeSettings;
+pub use signals::{SignalReading, SignalSources};

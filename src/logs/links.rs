@@ -1,0 +1,76 @@
+//! The symlinks that log agents read: `/var/log/containers/<pod>_<namespace>_<container>-<containerID>.log` (contract L-01).
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+/// A file name on ext4 has no more bytes.
+const NAME_LIMIT: usize = 255;
+
+/// Where the link of a container is. `directory` is `/var/log/containers`.
+pub fn link_path(directory: &Path, namespace: &str, pod: &str, container: &str, container_id: &str) -> PathBuf {
+    const SUFFIX: &str = ".log";
+    let mut name = format!("{pod}_{namespace}_{container}-{container_id}");
+    // Names and IDs are ASCII; the loop is for what should never come.
+    let mut end = name.len().min(NAME_LIMIT - SUFFIX.len());
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name.truncate(end);
+    directory.join(name + SUFFIX)
+}
+
+/// Points the link at the container's log file, replacing an older link of that name. Makes the directory when it is missing.
+pub fn create_link(link: &Path, log_file: &Path) -> io::Result<()> {
+    if let Some(directory) = link.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    match symlink(log_file, link) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            if fs::read_link(link).is_ok_and(|target| target == log_file) {
+                return Ok(());
+            }
+            fs::remove_file(link)?;
+            symlink(log_file, link)
+        }
+        done => done,
+    }
+}
+
+/// Removes the link; one that is not there is fine.
+pub fn remove_link(link: &Path) -> io::Result<()> {
+    match fs::remove_file(link) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn l01_link_is_named_made_replaced_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let links = dir.path().join("containers");
+        let link = link_path(&links, "ns", "pod", "ctr", "0123456789");
+        assert!(link.ends_with("containers/pod_ns_ctr-0123456789.log"));
+        create_link(&link, Path::new("/var/log/pods/a/0.log")).unwrap();
+        create_link(&link, Path::new("/var/log/pods/a/0.log")).unwrap();
+        create_link(&link, Path::new("/var/log/pods/a/1.log")).unwrap();
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("/var/log/pods/a/1.log"));
+        remove_link(&link).unwrap();
+        remove_link(&link).unwrap();
+        assert!(fs::symlink_metadata(&link).is_err());
+    }
+
+    #[test]
+    fn l01_long_names_are_cut() {
+        let link = link_path(Path::new("/l"), &"n".repeat(63), &"p".repeat(253), "c", &"d".repeat(64));
+        let name = link.file_name().unwrap().to_str().unwrap();
+        assert_eq!(name.len(), 255);
+        assert!(name.ends_with(".log"));
+    }
+}

@@ -101,3 +101,65 @@ fn stop_signal(name: Option<&str>) -> v1::Signal {
     })
     .unwrap_or(v1::Signal::RuntimeDefault)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containers::tests::{container_inputs, image, pod};
+
+    fn config(spec: &str, env: &[(String, String)]) -> v1::ContainerConfig {
+        let (pod, image) = (pod(spec), image(Some(0), ""));
+        let mounts = [v1::Mount { container_path: "/m".into(), ..Default::default() }];
+        let inputs = ContainerInputs { attempt: 3, env, mounts: &mounts, ..container_inputs(&pod, &image) };
+        container_config(&inputs).unwrap()
+    }
+
+    #[test]
+    fn p27_container_config() {
+        let env = [("A".to_owned(), "1".to_owned()), ("B".to_owned(), "2".to_owned())];
+        let config = config(
+            r#"{"containers":[{"name":"c","image":"img","command":["run","$(A)"],"args":["$(B)","$(C)","$$(A)"],"workingDir":"/w",
+                "stdin":true,"stdinOnce":true,"tty":true}]}"#,
+            &env,
+        );
+        let metadata = config.metadata.unwrap();
+        assert_eq!((metadata.name.as_str(), metadata.attempt, config.log_path.as_str()), ("c", 3, "c/3.log"));
+        let image = config.image.unwrap();
+        assert_eq!((image.image.as_str(), image.user_specified_image.as_str()), ("sha256:1", "img:1"));
+        assert_eq!((config.command, config.args), (own(&["run", "1"]), own(&["2", "$(C)", "$(A)"])));
+        assert_eq!(config.working_dir, "/w");
+        assert!(config.stdin && config.stdin_once && config.tty);
+        let envs: Vec<_> = config.envs.into_iter().map(|e| (e.key, String::from_utf8(e.value).unwrap())).collect();
+        assert_eq!(envs, env);
+        assert_eq!(config.mounts[0].container_path, "/m");
+        assert_eq!(config.annotations["io.kubernetes.container.restartCount"], "3");
+        assert_eq!(config.labels["io.kubernetes.container.name"], "c");
+        assert_eq!(config.stop_signal, v1::Signal::RuntimeDefault as i32);
+        let linux = config.linux.unwrap();
+        assert!(linux.resources.is_some() && linux.security_context.is_some());
+    }
+
+    fn own(list: &[&str]) -> Vec<String> {
+        list.iter().map(|s| (*s).to_owned()).collect()
+    }
+
+    #[test]
+    fn p50_nothing_said_leaves_the_images_entrypoint() {
+        let config = config("{}", &[]);
+        assert!(config.command.is_empty() && config.args.is_empty() && config.working_dir.is_empty());
+    }
+
+    #[test]
+    fn p29_stop_signals_have_cris_own_numbers() {
+        for (name, want) in [
+            (None, v1::Signal::RuntimeDefault),
+            (Some("SIGUSR1"), v1::Signal::Sigusr1),
+            (Some("SIGRTMIN+3"), v1::Signal::Sigrtminplus3),
+            (Some("SIGRTMAX-1"), v1::Signal::Sigrtmaxminus1),
+            (Some("SIGRTMIN"), v1::Signal::Sigrtmin),
+            (Some("nonsense"), v1::Signal::RuntimeDefault),
+        ] {
+            assert_eq!(stop_signal(name), want, "{name:?}");
+        }
+    }
+}

@@ -255,3 +255,7 @@ fn by_family(ips: &[IpAddr], node_ips: &[IpAddr]) -> Vec<String> {
     let first_of = |v6: bool| ips.iter().find(|ip| ip.is_ipv6() == v6);
     [first_of(v6_first), first_of(!v6_first)].into_iter().flatten().map(IpAddr::to_string).collect()
 }
+
+#[cfg(test)]
+#[path = "environment_tests.rs"]
+mod tests;

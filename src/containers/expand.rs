@@ -78,4 +78,15 @@ mod tests {
         assert_eq!(expand_sub_path("x/$(A)", &env).unwrap(), "x/a");
         assert_eq!(expand_sub_path("$(Z)/$(A)/$(E)", &env).unwrap_err(), "missing value for E, Z");
     }
+
+    proptest::proptest! {
+        /// Unknown names leave the text as it is, but for `$$`; escaping every `$` gives the text back.
+        #[test]
+        fn p50_text_survives(text in "[$()aé ]{0,20}") {
+            if !text.contains("$$") {
+                proptest::prop_assert_eq!(expand(&text, |_| None), text.clone());
+            }
+            proptest::prop_assert_eq!(expand(&text.replace('$', "$$"), |_| Some("x".to_owned())), text);
+        }
+    }
 }

@@ -209,10 +209,10 @@ fn amount(text: Option<&String>) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::Path};
+    use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{containers::tests::pod, images::PresentImage};
+    use crate::containers::tests::{container_inputs, image, pod};
 
     fn node(v2: bool) -> NodeFacts {
         let capacity = [("memory", "8Gi"), ("hugepages-2Mi", "0"), ("hugepages-1Gi", "0")];
@@ -222,20 +222,8 @@ mod tests {
 
     fn resources(spec: &str, v2: bool, policy: &ContainerPolicy) -> v1::LinuxContainerResources {
         let (pod, node) = (pod(spec), node(v2));
-        let image = PresentImage { reference: "r".into(), requested: "r".into(), uid: None, username: String::new() };
-        let inputs = ContainerInputs {
-            pod: &pod,
-            container: pod.main_containers().next().unwrap(),
-            attempt: 0,
-            image: &image,
-            env: &[],
-            mounts: &[],
-            pod_ips: &[],
-            node: &node,
-            root_dir: Path::new("/r"),
-            cpu_cfs_quota: true,
-            cpu_cfs_period_micros: 100_000,
-        };
+        let image = image(None, "");
+        let inputs = ContainerInputs { node: &node, ..container_inputs(&pod, &image) };
         container_resources(&inputs, policy)
     }
 

@@ -35,3 +35,41 @@ pub fn sandbox_config(inputs: &SandboxInputs<'_>) -> Result<v1::PodSandboxConfig
         }),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containers::tests::{pod, sandbox_inputs};
+
+    #[test]
+    fn p27_sandbox_config_names_the_pod_and_where_it_logs() {
+        let pod = pod(r#"{"containers":[{"name":"c","ports":[{"containerPort":80,"hostPort":8080}]}]}"#);
+        let config = sandbox_config(&sandbox_inputs(&pod)).unwrap();
+        let metadata = config.metadata.unwrap();
+        assert_eq!(
+            (metadata.name.as_str(), metadata.namespace.as_str(), metadata.uid.as_str(), metadata.attempt),
+            ("p", "ns", "uid-1", 2)
+        );
+        assert_eq!((config.hostname.as_str(), config.log_directory.as_str()), ("p", "/var/log/pods/ns_p_uid-1"));
+        assert_eq!(config.dns_config.unwrap().servers, ["10.96.0.10"]);
+        assert_eq!(config.port_mappings[0].host_port, 8080);
+        assert_eq!(config.labels["io.kubernetes.pod.uid"], "uid-1");
+        assert_eq!(config.linux.unwrap().cgroup_parent, "kubepods.slice");
+    }
+
+    #[test]
+    fn p60_sysctls_are_passed_as_written() {
+        let pod = pod(
+            r#"{"securityContext":{"sysctls":[{"name":"net/ipv4/ip_unprivileged_port_start","value":"0"},{"name":"kernel.shm_rmid_forced","value":"1"}]}}"#,
+        );
+        let sysctls = sandbox_config(&sandbox_inputs(&pod)).unwrap().linux.unwrap().sysctls;
+        assert_eq!(sysctls.len(), 2);
+        assert_eq!(sysctls["kernel.shm_rmid_forced"], "1");
+    }
+
+    #[test]
+    fn p55_a_host_network_pod_has_no_host_name_of_its_own() {
+        let pod = pod(r#"{"hostNetwork":true}"#);
+        assert_eq!(sandbox_config(&sandbox_inputs(&pod)).unwrap().hostname, "");
+    }
+}

@@ -234,3 +234,180 @@ fn thermal_throttle_paths(cpus: &Path) -> Vec<String> {
     found.sort_unstable();
     found.into_iter().map(|n| cpus.join(format!("cpu{n}/thermal_throttle")).display().to_string()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containers::tests::{container_inputs, image, pod};
+
+    fn security(spec: &str) -> v1::LinuxContainerSecurityContext {
+        let (pod, image) = (pod(spec), image(Some(0), ""));
+        container_security(&container_inputs(&pod, &image), &ContainerPolicy::default()).unwrap()
+    }
+
+    fn with(pods: &str, own: &str) -> String {
+        format!(
+            r#"{{"securityContext":{{{pods}}},"containers":[{{"name":"c","image":"i","securityContext":{{{own}}}}}]}}"#
+        )
+    }
+
+    #[test]
+    fn p59_users_and_groups_the_container_before_the_pod_before_the_image() {
+        for (pods, own, uid, username, want) in [
+            ("", "", Some(7), "", (Some(7), "", None)),
+            ("", "", None, "app", (None, "app", None)),
+            (r#""runAsUser":1000,"runAsGroup":2000"#, "", Some(7), "", (Some(1000), "", Some(2000))),
+            (r#""runAsUser":1000,"runAsGroup":2000"#, r#""runAsUser":5"#, None, "app", (Some(5), "", Some(2000))),
+        ] {
+            let (pod, image) = (pod(&with(pods, own)), image(uid, username));
+            let got = container_security(&container_inputs(&pod, &image), &ContainerPolicy::default()).unwrap();
+            let value = |v: Option<v1::Int64Value>| v.map(|v| v.value);
+            assert_eq!(
+                (value(got.run_as_user), got.run_as_username.as_str(), value(got.run_as_group)),
+                want,
+                "{pods} {own}"
+            );
+        }
+        let got =
+            security(&with(r#""fsGroup":9,"supplementalGroups":[10,11],"supplementalGroupsPolicy":"Strict""#, ""));
+        assert_eq!(got.supplemental_groups, [9, 10, 11]);
+        assert_eq!(got.supplemental_groups_policy(), v1::SupplementalGroupsPolicy::Strict);
+    }
+
+    #[test]
+    fn p59_run_as_non_root_messages() {
+        let place = "(pod: \"p_ns(uid-1)\", container: c)";
+        for (pods, own, uid, username, fault) in [
+            ("", "", Some(0), "", None),
+            (r#""runAsNonRoot":true"#, r#""runAsNonRoot":false"#, Some(0), "", None),
+            (r#""runAsNonRoot":true"#, "", Some(1), "", None),
+            (r#""runAsNonRoot":true"#, r#""runAsUser":3"#, Some(0), "", None),
+            (
+                r#""runAsNonRoot":true,"runAsUser":0"#,
+                "",
+                Some(1),
+                "",
+                Some("container's runAsUser breaks non-root policy".to_owned()),
+            ),
+            (
+                "",
+                r#""runAsNonRoot":true"#,
+                Some(0),
+                "",
+                Some("container has runAsNonRoot and image will run as root".to_owned()),
+            ),
+            (
+                "",
+                r#""runAsNonRoot":true"#,
+                None,
+                "app",
+                Some(
+                    "container has runAsNonRoot and image has non-numeric user (app), cannot verify user is non-root"
+                        .to_owned(),
+                ),
+            ),
+        ] {
+            let (pod, image) = (pod(&with(pods, own)), image(uid, username));
+            let got = container_security(&container_inputs(&pod, &image), &ContainerPolicy::default()).err();
+            assert_eq!(
+                got.map(|e| (e.reason, e.message)),
+                fault.map(|f| ("CreateContainerConfigError", format!("{f} {place}")))
+            );
+        }
+        let (pod, image) = (pod(&with("", r#""runAsNonRoot":true"#)), image(Some(-1), ""));
+        let error = container_security(&container_inputs(&pod, &image), &ContainerPolicy::default()).unwrap_err();
+        assert!(
+            error.message.starts_with("container has runAsNonRoot and image has an invalid user id (-1)."),
+            "{}",
+            error.message
+        );
+    }
+
+    #[test]
+    fn p59_privileges_and_paths() {
+        let plain = security("{}");
+        assert!(!plain.privileged && !plain.no_new_privs && !plain.readonly_rootfs);
+        assert_eq!(plain.capabilities, None);
+        for path in
+            ["/proc/asound", "/proc/interrupts", "/proc/kcore", "/sys/firmware", "/sys/devices/virtual/powercap"]
+        {
+            assert!(plain.masked_paths.iter().any(|p| p == path), "{path}");
+        }
+        assert_eq!(plain.readonly_paths, ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]);
+        assert_eq!(plain.seccomp.unwrap().profile_type(), ProfileType::Unconfined);
+
+        let full = security(&with(
+            r#""seLinuxOptions":{"level":"s0:c1"}"#,
+            r#""privileged":true,"readOnlyRootFilesystem":true,"allowPrivilegeEscalation":false,"procMount":"Unmasked",
+               "capabilities":{"add":["NET_ADMIN"],"drop":["ALL"]}"#,
+        ));
+        assert!(full.privileged && full.no_new_privs && full.readonly_rootfs);
+        let capabilities = full.capabilities.unwrap();
+        assert_eq!(
+            (capabilities.add_capabilities, capabilities.drop_capabilities),
+            (vec!["NET_ADMIN".to_owned()], vec!["ALL".to_owned()])
+        );
+        assert!(full.masked_paths.is_empty() && full.readonly_paths.is_empty());
+        assert_eq!(full.selinux_options.unwrap().level, "s0:c1");
+        assert!(!security(&with("", r#""allowPrivilegeEscalation":true"#)).no_new_privs);
+    }
+
+    #[test]
+    fn p57_namespaces() {
+        use NamespaceMode::{Container, Node, Pod};
+        for (spec, network, pid, ipc) in [
+            ("{}", Pod, Container, Pod),
+            (r#"{"hostNetwork":true}"#, Node, Container, Pod),
+            (r#"{"hostPID":true,"shareProcessNamespace":true}"#, Pod, Node, Pod),
+            (r#"{"hostIPC":true}"#, Pod, Container, Node),
+            (r#"{"shareProcessNamespace":true}"#, Pod, Pod, Pod),
+        ] {
+            for options in [security(spec).namespace_options, sandbox_security(&pod(spec)).unwrap().namespace_options] {
+                let options = options.unwrap();
+                assert_eq!((options.network(), options.pid(), options.ipc()), (network, pid, ipc), "{spec}");
+                assert_eq!(options.userns_options.unwrap().mode(), Node);
+            }
+        }
+    }
+
+    #[test]
+    fn p57_an_ephemeral_container_joins_its_target() {
+        let policy = ContainerPolicy { target_container_id: Some("abc".into()), ..Default::default() };
+        for (spec, pid, target) in
+            [("{}", NamespaceMode::Target, "abc"), (r#"{"shareProcessNamespace":true}"#, NamespaceMode::Pod, "")]
+        {
+            let (pod, image) = (pod(spec), image(None, ""));
+            let got = container_security(&container_inputs(&pod, &image), &policy).unwrap().namespace_options.unwrap();
+            assert_eq!((got.pid(), got.target_id.as_str()), (pid, target), "{spec}");
+        }
+    }
+
+    #[test]
+    fn p58_user_namespaces_are_refused_not_ignored() {
+        let error = sandbox_security(&pod(r#"{"hostUsers":false}"#)).unwrap_err();
+        assert_eq!(error.message, "can't set `spec.hostUsers: false`, runtime does not support user namespaces");
+    }
+
+    #[test]
+    fn p59_sandbox_runs_with_the_runtimes_seccomp_and_any_privileged_container_makes_it_privileged() {
+        let plain =
+            sandbox_security(&pod(r#"{"securityContext":{"seccompProfile":{"type":"Unconfined"},"runAsUser":5}}"#))
+                .unwrap();
+        assert_eq!(plain.seccomp.unwrap().profile_type(), ProfileType::RuntimeDefault);
+        assert_eq!((plain.privileged, plain.run_as_user.unwrap().value), (false, 5));
+        for list in ["initContainers", "ephemeralContainers"] {
+            let spec = format!(r#"{{"{list}":[{{"name":"x","securityContext":{{"privileged":true}}}}]}}"#);
+            assert!(sandbox_security(&pod(&spec)).unwrap().privileged, "{list}");
+        }
+    }
+
+    #[test]
+    fn p59_thermal_counters_are_found_in_order() {
+        let root = tempfile::tempdir().unwrap();
+        for dir in ["cpu10/thermal_throttle", "cpu2/thermal_throttle", "cpu3", "cpufreq/thermal_throttle"] {
+            fs::create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let want = ["cpu2", "cpu10"].map(|cpu| root.path().join(cpu).join("thermal_throttle").display().to_string());
+        assert_eq!(thermal_throttle_paths(root.path()), want);
+    }
+}

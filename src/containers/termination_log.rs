@@ -120,3 +120,91 @@ fn last_bytes(text: &str, limit: usize) -> &str {
     let from = (from..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
     &text[from..]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container(path: Option<&str>) -> Container {
+        Container { name: "c".into(), termination_message_path: path.map(str::to_owned), ..Default::default() }
+    }
+
+    fn annotations(policy: TerminationMessagePolicy) -> ContainerAnnotations {
+        ContainerAnnotations {
+            termination_message_path: "/dev/termination-log".into(),
+            termination_message_policy: policy,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn p35_a_file_of_its_own_for_every_run_writable_by_all() {
+        let root = tempfile::tempdir().unwrap();
+        let uid = PodUid::from("u");
+        let first = create(root.path(), &uid, &container(None)).unwrap().unwrap();
+        assert_eq!(first.container_path, "/dev/termination-log");
+        let path = Path::new(&first.host_path);
+        assert_eq!(path.parent().unwrap(), root.path().join("pods/u/containers/c"));
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(name.len() == 8 && name.bytes().all(|b| b.is_ascii_hexdigit()), "{name}");
+        assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o666);
+        let second = create(root.path(), &uid, &container(Some("rel/path"))).unwrap().unwrap();
+        assert_ne!(first.host_path, second.host_path);
+        assert_eq!(second.container_path, "/rel/path");
+        assert_eq!(create(root.path(), &uid, &container(Some(""))).unwrap(), None);
+    }
+
+    #[test]
+    fn p35_message_table() {
+        let root = tempfile::tempdir().unwrap();
+        let mount = create(root.path(), &PodUid::from("u"), &container(None)).unwrap().unwrap();
+        let gone = v1::Mount { host_path: "/nowhere/x".into(), ..mount.clone() };
+        use TerminationMessagePolicy::{FallbackToLogsOnError as Logs, File};
+        for (content, mounts, policy, code, reason, runtime, want) in [
+            ("DONE", vec![mount.clone()], File, 0, "Completed", "", "DONE"),
+            ("DONE", vec![mount.clone()], File, 1, "Error", "oops", "oops: DONE"),
+            ("", vec![mount.clone()], File, 1, "Error", "", ""),
+            ("", vec![mount.clone()], Logs, 0, "Completed", "", ""),
+            ("", vec![mount.clone()], Logs, 1, "Error", "", "log end"),
+            ("own", vec![mount.clone()], Logs, 1, "Error", "", "own"),
+            ("", vec![mount.clone()], Logs, 1, "ContainerCannotRun", "why", "why"),
+            ("", vec![gone.clone()], Logs, 1, "Error", "", "log end"),
+            ("", vec![gone], File, 1, "Error", "m", "m"),
+            ("", vec![], Logs, 2, "Error", "", "log end"),
+        ] {
+            fs::write(&mount.host_path, content).unwrap();
+            let exit = Exit { code, reason, message: runtime, mounts: &mounts };
+            let got = message(exit, &annotations(policy), || "log end".to_owned());
+            assert_eq!(got, want, "{content:?} {policy:?} {code} {reason}");
+        }
+    }
+
+    #[test]
+    fn p35_limits() {
+        let root = tempfile::tempdir().unwrap();
+        let mount = create(root.path(), &PodUid::from("u"), &container(None)).unwrap().unwrap();
+        fs::write(&mount.host_path, format!("{}{}", "a".repeat(10), "b".repeat(4096))).unwrap();
+        let mounts = [mount.clone()];
+        let exit = Exit { code: 1, reason: "Error", message: "", mounts: &mounts };
+        let policy = TerminationMessagePolicy::FallbackToLogsOnError;
+        assert_eq!(message(exit, &annotations(policy), String::new), "b".repeat(4096));
+        fs::write(&mount.host_path, "").unwrap();
+        let log = format!("x{}", "é".repeat(1024));
+        assert_eq!(message(exit, &annotations(policy), || log.clone()), "é".repeat(1024));
+        assert_eq!(cut_to_share(&"m".repeat(4096), 4).len(), 3072);
+        assert_eq!(cut_to_share(&"m".repeat(4096), 1).len(), 4096);
+        assert_eq!(cut_to_share(&"é".repeat(3000), 5).len(), 2456);
+    }
+
+    #[test]
+    fn p35_a_link_is_never_followed() {
+        let root = tempfile::tempdir().unwrap();
+        let mount = create(root.path(), &PodUid::from("u"), &container(None)).unwrap().unwrap();
+        fs::remove_file(&mount.host_path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &mount.host_path).unwrap();
+        let mounts = [mount];
+        let exit = Exit { code: 0, reason: "Completed", message: "", mounts: &mounts };
+        let got = message(exit, &annotations(TerminationMessagePolicy::File), String::new);
+        assert!(got.starts_with("Error on reading termination log "), "{got}");
+    }
+}

@@ -245,4 +245,16 @@ mod tests {
             assert_eq!(defaults_to_always(image), always, "{image}");
         }
     }
+
+    proptest::proptest! {
+        /// Whatever a user writes gets an answer, and what parses parses the same with its tag filled in.
+        #[test]
+        fn i01_any_text_is_answered(image in "[a-zA-Z0-9./:@_\\-\\[\\] é]{0,40}") {
+            if let (Ok(parsed), Ok(tagged)) = (ImageReference::parse(&image), with_default_tag(&image)) {
+                let again = ImageReference::parse(&tagged).unwrap();
+                proptest::prop_assert_eq!(&again.repository, &parsed.repository);
+                proptest::prop_assert_eq!(with_default_tag(&tagged).unwrap(), tagged);
+            }
+        }
+    }
 }

@@ -20,6 +20,11 @@ from e2e.harness.steps import run
 AWAY_SECONDS = 120 if os.environ.get("RKUBELET_LONG") else 40
 STAYS_SECONDS = 4
 RECOVERY_SECONDS = 60
+# Seconds. The waits between the kubelet's tries to watch its pods grow to half a minute and more.
+BOUNDS = {
+    "kubelet": {"new pod after an outage": 150},
+    "rkubelet": {"new pod after an outage": 40},
+}
 
 
 @contextmanager
@@ -160,7 +165,7 @@ def test_api_server_is_away_at_the_start(cluster: Cluster) -> None:
         cluster.wait_node_ready(RECOVERY_SECONDS)
     with cluster.namespace("away") as ns:
         cluster.create(cluster.pod("after", ns, nodeName=cluster.node_name))
-        cluster.wait_ready("after", ns)
+        cluster.wait_ready("after", ns, BOUNDS[cluster.agent.kind]["new pod after an outage"])
     assert _containers(cluster) == before and cluster.agent.pid() == agent
 
 
@@ -183,7 +188,7 @@ def test_api_server_is_away_in_the_middle(cluster: Cluster) -> None:
         cluster.wait(lambda: cluster.get("pods", "dies", ns)["status"]["containerStatuses"][0]["restartCount"] == 1,
                      RECOVERY_SECONDS, "the API knows of the restart")
         cluster.create(cluster.pod("after", ns, nodeName=cluster.node_name))
-        cluster.wait_ready("after", ns)
+        cluster.wait_ready("after", ns, BOUNDS[cluster.agent.kind]["new pod after an outage"])
 
 
 def _still_run(cluster: Cluster, containers: list[tuple[str, int]]) -> bool:

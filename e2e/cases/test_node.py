@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from e2e.harness import apiclient, layout
 from e2e.harness.apiclient import Event
@@ -76,22 +76,20 @@ def test_lease_is_renewed_while_the_runtime_hangs(cluster: Cluster) -> None:
 
 
 @contextmanager
-def _without_network_configuration() -> Iterator[object]:
+def _without_network_configuration() -> Iterator[Callable[[], None]]:
     """Gives the function that brings it back."""
-    away = layout.CNI_CONFIG.with_name("cni-away")
-    away.mkdir(exist_ok=True)
+    files = {path: path.read_text() for path in layout.CNI_CONFIG.iterdir()}
 
     def bring_back() -> None:
-        for path in away.iterdir():
-            path.rename(layout.CNI_CONFIG / path.name)
+        for path, text in files.items():  # containerd looks at what is written, not at what is moved there
+            path.write_text(text)
 
-    for path in layout.CNI_CONFIG.iterdir():
-        path.rename(away / path.name)
+    for path in files:
+        path.unlink()
     try:
         yield bring_back
     finally:
         bring_back()
-        away.rmdir()
 
 
 def test_without_a_network_configuration_pods_wait(cluster: Cluster) -> None:

@@ -10,9 +10,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from e2e.harness import cgroups, layout, processes
+from e2e.harness import cgroups, layout, processes, snapshot
 from e2e.harness.agent import base_config, binary, merge_patch
-from e2e.harness.steps import poll
+from e2e.harness.steps import poll, run
 
 FOLDER = layout.STATE / "second-agent"
 CGROUP = f"{layout.CGROUP_ROOT}/second"
@@ -50,6 +50,9 @@ class SecondAgent:
             self._process.kill()
         self._process.wait()
         cgroups.remove(CGROUP)
+        # An agent may make its root a mount of its own, to share what is mounted below.
+        while str(FOLDER / "root") in snapshot.mounts():
+            run(["umount", "-l", str(FOLDER / "root")])
         shutil.rmtree(FOLDER, ignore_errors=True)
 
     @property

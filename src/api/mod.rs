@@ -12,6 +12,8 @@ pub(crate) mod fake;
 mod kubeconfig;
 mod limiter;
 pub(crate) mod list_watch;
+#[cfg(test)]
+mod live_tests;
 mod objects;
 mod ports;
 pub(crate) mod presence;

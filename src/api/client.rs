@@ -19,6 +19,7 @@ use super::{
     credentials::Credentials,
     kubeconfig::{self, ApiSetupError},
     limiter::RateLimiter,
+    metrics::ApiMetrics,
     transport::{Transport, TransportSettings},
 };
 
@@ -65,6 +66,7 @@ pub struct ApiClients {
     pub events: Client,
     watches: Arc<WatchPool>,
     heartbeat: Arc<dyn Fn() -> Client + Send + Sync>,
+    pub(super) metrics: Arc<ApiMetrics>,
 }
 
 impl ApiClients {
@@ -74,8 +76,11 @@ impl ApiClients {
         let credentials = Arc::new(Credentials::new(target)?);
         let user_agent = HeaderValue::from_str(&settings.user_agent)
             .map_err(|_| ApiSetupError::UserAgent(settings.user_agent.clone()))?;
+        let metrics = Arc::new(ApiMetrics::default());
+        let counted = Arc::clone(&metrics);
         let make = move |limiter: Option<Arc<RateLimiter>>, header_timeout: Duration| {
-            let settings = TransportSettings { user_agent: user_agent.clone(), limiter, header_timeout };
+            let metrics = Arc::clone(&counted);
+            let settings = TransportSettings { user_agent: user_agent.clone(), limiter, header_timeout, metrics };
             Client::new(Transport::new(Arc::clone(&credentials), settings), "default")
         };
         let limiter = |qps, burst| RateLimiter::new(qps, burst).map(Arc::new);
@@ -88,19 +93,24 @@ impl ApiClients {
         Ok(Self {
             general,
             events,
-            watches: Arc::new(WatchPool::new(move || make_watch(watch_limiter.clone(), HEADER_TIMEOUT))),
+            watches: Arc::new(WatchPool::new(Arc::clone(&metrics), move || {
+                make_watch(watch_limiter.clone(), HEADER_TIMEOUT)
+            })),
             heartbeat: Arc::new(move || make(None, heartbeat_timeout)),
+            metrics,
         })
     }
 
     /// All roles over one client: for tests and simulations.
     pub fn over(client: Client) -> Self {
         let (lane, heartbeat) = (client.clone(), client.clone());
+        let metrics = Arc::new(ApiMetrics::default());
         Self {
             general: client.clone(),
             events: client,
-            watches: Arc::new(WatchPool::new(move || lane.clone())),
+            watches: Arc::new(WatchPool::new(Arc::clone(&metrics), move || lane.clone())),
             heartbeat: Arc::new(move || heartbeat.clone()),
+            metrics,
         }
     }
 
@@ -115,7 +125,12 @@ impl ApiClients {
         self.watches.take()
     }
 
-    /// Watches running or starting now: the gauge `rkubelet_api_watches`.
+    /// Registers `rest_client_*`, `rkubelet_api_watches` and `rkubelet_events_dropped_total`. Fails only if a name is taken.
+    pub fn register_metrics(&self, registry: &prometheus::Registry) -> Result<(), prometheus::Error> {
+        self.metrics.register(registry)
+    }
+
+    /// Watches running or starting now.
     pub fn open_watches(&self) -> i64 {
         self.watches.open.load(Ordering::Relaxed)
     }
@@ -126,6 +141,7 @@ pub(super) struct WatchPool {
     lanes: Mutex<Vec<Lane>>,
     make: Box<dyn Fn() -> Client + Send + Sync>,
     open: Arc<AtomicI64>,
+    metrics: Arc<ApiMetrics>,
 }
 
 struct Lane {
@@ -134,8 +150,8 @@ struct Lane {
 }
 
 impl WatchPool {
-    pub(super) fn new(make: impl Fn() -> Client + Send + Sync + 'static) -> Self {
-        Self { lanes: Mutex::default(), make: Box::new(make), open: Arc::default() }
+    pub(super) fn new(metrics: Arc<ApiMetrics>, make: impl Fn() -> Client + Send + Sync + 'static) -> Self {
+        Self { lanes: Mutex::default(), make: Box::new(make), open: Arc::default(), metrics }
     }
 
     pub(super) fn take(&self) -> WatchSlot {
@@ -152,8 +168,13 @@ impl WatchPool {
             }
         };
         lane.used.fetch_add(1, Ordering::Relaxed);
-        self.open.fetch_add(1, Ordering::Relaxed);
-        WatchSlot { client: lane.client.clone(), used: Arc::clone(&lane.used), open: Arc::clone(&self.open) }
+        self.metrics.watches(self.open.fetch_add(1, Ordering::Relaxed) + 1);
+        WatchSlot {
+            client: lane.client.clone(),
+            used: Arc::clone(&lane.used),
+            open: Arc::clone(&self.open),
+            metrics: Arc::clone(&self.metrics),
+        }
     }
 }
 
@@ -162,11 +183,12 @@ pub struct WatchSlot {
     pub client: Client,
     used: Arc<AtomicUsize>,
     open: Arc<AtomicI64>,
+    metrics: Arc<ApiMetrics>,
 }
 
 impl Drop for WatchSlot {
     fn drop(&mut self) {
         self.used.fetch_sub(1, Ordering::Relaxed);
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.watches(self.open.fetch_sub(1, Ordering::Relaxed) - 1);
     }
 }

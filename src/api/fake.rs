@@ -293,7 +293,7 @@ impl State {
                 };
                 let uid = &body["metadata"]["uid"];
                 if !uid.is_null() && *uid != object["metadata"]["uid"] {
-                    return status(409, "Conflict", "the UID in the precondition differs");
+                    return status(422, "Invalid", "metadata.uid: field is immutable");
                 }
                 merge(&mut object, body);
                 respond(200, &self.put(resource, object, true))

@@ -95,6 +95,7 @@ pub(crate) async fn run<K: DeserializeOwned + Send>(
 ) {
     let mut follower = Follower { clients, collection, highest: known, backoff: Backoff::new() };
     let mut resume: Option<String> = None;
+    let mut expired_before = false;
     loop {
         let from = match resume.take() {
             Some(version) => version,
@@ -117,7 +118,15 @@ pub(crate) async fn run<K: DeserializeOwned + Send>(
         follower.saw(&at);
         match ended {
             Ended::Stopped => return,
-            Ended::Expired => {}
+            // Once is routine. Again right after a list means that listing does not help, and must not become a storm.
+            Ended::Expired if expired_before && lived < HEALTHY => {
+                let error = RestError::Transport("the watch expires at once".to_owned());
+                follower.pause(reflect, &error).await;
+            }
+            Ended::Expired => {
+                expired_before = true;
+                continue;
+            }
             Ended::TimedOut => resume = Some(at),
             Ended::Lost(error) => {
                 follower.pause(reflect, &error).await;
@@ -128,6 +137,7 @@ pub(crate) async fn run<K: DeserializeOwned + Send>(
                 resume = Some(at).filter(|_| matches!(error.code(), Some(429 | 502 | 503)));
             }
         }
+        expired_before = false;
     }
 }
 

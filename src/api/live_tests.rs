@@ -71,7 +71,6 @@ async fn a_node_reads_its_pods_and_what_they_refer_to() {
     let objects = ObjectCache::start(&clients, &sink, cancel.clone());
     until("complete", || store.complete()).await;
     let pods = store.list();
-    println!("pods: {pods:?}");
     let coredns = pods.iter().find(|p| p.name().starts_with("coredns")).expect("coredns runs on node-1");
     objects.track(coredns);
     let authority = objects.config_map("kube-system", "kube-root-ca.crt").await.unwrap();
@@ -139,7 +138,6 @@ async fn a_status_is_patched_and_the_pod_deleted() {
     let now = read(&clients, "p").await.unwrap();
     let held = now.api_status();
     let kinds: Vec<&str> = held.conditions.iter().flatten().map(|c| c.type_.as_str()).collect();
-    println!("conditions: {kinds:?} ips: {:?}", held.pod_ips);
     assert!(kinds.contains(&"example.com/gate") && kinds.len() == 6);
     assert_eq!(held.pod_ips.as_ref().map(Vec::len), Some(1));
     // What the API made of it equals what was offered: nothing more to send.

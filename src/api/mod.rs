@@ -14,6 +14,7 @@ mod limiter;
 pub(crate) mod list_watch;
 #[cfg(test)]
 mod live_tests;
+mod metrics;
 mod objects;
 mod ports;
 pub(crate) mod presence;

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     client::ApiClients,
     correlator::{Correlator, Decision},
+    metrics::ApiMetrics,
     rest::{self, RestError},
 };
 use crate::{
@@ -45,6 +46,7 @@ pub struct EventRecorder {
     node_uid: OnceLock<String>,
     clock: Arc<dyn Clock>,
     dropped: AtomicU64,
+    metrics: Arc<ApiMetrics>,
 }
 
 impl EventRecorder {
@@ -65,6 +67,7 @@ impl EventRecorder {
             node_uid: OnceLock::new(),
             clock,
             dropped: AtomicU64::new(0),
+            metrics: Arc::clone(&clients.metrics),
         })
     }
 
@@ -121,6 +124,7 @@ impl EventSink for EventRecorder {
         let event = self.make(&regarding, kind, reason, message);
         if self.queue.try_send(event).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.metrics.event_dropped();
             tracing::debug!(reason, "event dropped: the queue is full");
         }
     }

@@ -370,7 +370,7 @@ async fn s11_watches_are_spread_over_connections_of_80() {
     let counting = Arc::clone(&made);
     let api = FakeApi::default();
     let client = api.clients().general;
-    let pool = super::client::WatchPool::new(move || {
+    let pool = super::client::WatchPool::new(Arc::default(), move || {
         counting.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         client.clone()
     });

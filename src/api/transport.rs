@@ -17,7 +17,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, header, request::Parts};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
@@ -34,7 +34,9 @@ use tower::{BoxError, Service};
 use super::{
     credentials::{Credentials, Identity},
     limiter::RateLimiter,
+    metrics::ApiMetrics,
 };
+use crate::time::{Clock, SystemClock};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection over which nothing comes back is given up after interval + timeout.
@@ -47,6 +49,7 @@ pub(super) struct TransportSettings {
     pub(super) limiter: Option<Arc<RateLimiter>>,
     /// From sending to the response's header.
     pub(super) header_timeout: Duration,
+    pub(super) metrics: Arc<ApiMetrics>,
 }
 
 /// A tower service for `kube::Client::new`. Clones share the connection.
@@ -95,10 +98,21 @@ impl Service<Request<Body>> for Transport {
 
 impl Shared {
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, TransportError> {
+        let (parts, body) = request.into_parts();
+        let host = self.credentials.target().server.authority().map_or("", |a| a.as_str());
+        let begun = SystemClock.now().mono;
         if let Some(limiter) = &self.settings.limiter {
             limiter.acquire().await;
+            self.settings.metrics.limited(host, parts.method.as_str(), SystemClock.now().mono - begun);
         }
-        let (parts, body) = request.into_parts();
+        let begun = SystemClock.now().mono;
+        let answer = self.send_now(&parts, body).await;
+        let code = answer.as_ref().ok().map(|response| response.status().as_u16());
+        self.settings.metrics.exchanged(host, parts.method.as_str(), code, SystemClock.now().mono - begun);
+        answer
+    }
+
+    async fn send_now(&self, parts: &Parts, body: Body) -> Result<Response<Incoming>, TransportError> {
         let mut body = Some(body);
         // Two surprises are worth a second try at once: no HTTP/2 there, and credentials that were just replaced.
         for last in [false, true] {
@@ -138,6 +152,8 @@ impl Shared {
         match tokio::time::timeout(self.settings.header_timeout, link.client.request(request)).await {
             Ok(answer) => Ok(answer?),
             Err(_) => {
+                // Perhaps the connection is dead and nobody knows yet: the next request opens another one.
+                self.link.store(None);
                 let seconds = self.settings.header_timeout.as_secs_f32();
                 Err(format!("{}: no answer within {seconds} s", self.credentials.target().server).into())
             }

@@ -100,11 +100,19 @@ fn connect(kubeconfig: &Path) -> ApiClients {
 async fn s11_many_requests_share_one_http2_connection() {
     let server = serve(&["h2", "http/1.1"], "good").await;
     let clients = connect(&server.config());
+    let registry = prometheus::Registry::new();
+    clients.register_metrics(&registry).unwrap();
     let requests = (0..50).map(|_| rest::get(&clients.general, "/api/v1/pods"));
     for answer in futures::future::join_all(requests).await {
         assert_eq!(answer.unwrap(), "h2 /prefix/api/v1/pods Bearer good kubelet/v1.37.1 (linux/amd64)");
     }
     assert_eq!(server.seen.connections.load(Ordering::Relaxed), 1);
+    let _watch = clients.watch_slot();
+    let gathered = registry.gather();
+    let family = |name: &str| gathered.iter().find(|f| f.name() == name).unwrap().get_metric()[0].clone();
+    assert_eq!(family("rest_client_requests_total").get_counter().get_value() as u32, 50);
+    assert_eq!(family("rest_client_request_duration_seconds").get_histogram().get_sample_count(), 50);
+    assert_eq!(family("rkubelet_api_watches").get_gauge().get_value() as u32, 1);
     rest::get(&clients.heartbeat(), "/x").await.unwrap();
     assert_eq!(server.seen.connections.load(Ordering::Relaxed), 2, "the heartbeat has its own");
 }

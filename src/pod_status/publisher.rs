@@ -6,15 +6,19 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
 use http::Method;
 use k8s_openapi::api::core::v1::PodStatus;
+use prometheus::{Histogram, HistogramOpts, Registry};
 use serde::Deserialize;
 use serde_json::json;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -28,6 +32,7 @@ use crate::{
         rest::{self, BareMeta, RestError},
     },
     pods::{Pod, PodUid},
+    time::{Clock, SystemClock},
     wake::{Cause, WakeSink},
 };
 
@@ -44,6 +49,7 @@ struct Shared {
     wakes: Arc<dyn WakeSink>,
     records: Mutex<Records>,
     slots: Semaphore,
+    sync_seconds: OnceLock<Histogram>,
     /// Pods with something unsent.
     busy: watch::Sender<usize>,
     cancel: CancellationToken,
@@ -63,6 +69,8 @@ struct Record {
     status: Arc<PodStatus>,
     version: u64,
     acknowledged: u64,
+    /// When the oldest status that is not acknowledged was offered.
+    unsent_since: Option<Instant>,
     /// What the API holds, as far as known.
     held: Held,
     /// `held` differs from the acknowledged status because somebody else wrote: send again.
@@ -120,6 +128,7 @@ impl Record {
                 None => {
                     self.drifted = false;
                     self.acknowledged = self.version;
+                    self.unsent_since = None;
                 }
             }
         }
@@ -145,10 +154,23 @@ impl ApiPublisher {
             wakes,
             records: Mutex::default(),
             slots: Semaphore::new(IN_FLIGHT),
+            sync_seconds: OnceLock::new(),
             busy: watch::Sender::new(0),
             cancel,
             runtime: tokio::runtime::Handle::current(),
         }))
+    }
+
+    /// Registers `kubelet_pod_status_sync_duration_seconds`. Fails only if the name is taken.
+    pub fn register_metrics(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        let help = "[ALPHA] Seconds from a change of a pod's status to its acknowledgement by the API.";
+        let options = HistogramOpts::new("kubelet_pod_status_sync_duration_seconds", help)
+            .buckets(vec![0.010, 0.050, 0.100, 0.500, 1.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0]);
+        let seconds = Histogram::with_opts(options)?;
+        registry.register(Box::new(seconds.clone()))?;
+        // A second registration would have failed above, for its name.
+        self.0.sync_seconds.set(seconds).ok();
+        Ok(())
     }
 
     /// Returns when every status offered so far is acknowledged: for an orderly shutdown, under the caller's deadline.
@@ -182,6 +204,7 @@ impl StatusPublisher for ApiPublisher {
             if record.version == 0 || !same(&record.status, &status) {
                 record.status = Arc::new(status);
                 record.version += 1;
+                record.unsent_since.get_or_insert_with(|| SystemClock.now().mono);
                 record.news.notify_one();
             }
             let before = record.acknowledged;
@@ -235,6 +258,7 @@ impl Records {
                 status: Arc::default(),
                 version: 0,
                 acknowledged: 0,
+                unsent_since: None,
                 held: held(pod),
                 drifted: false,
                 delete: Deletion::No,
@@ -332,8 +356,8 @@ impl Shared {
         match answer {
             Ok(outcome) => outcome,
             Err(error) if error.is_not_found() => Outcome::Gone,
-            // Another UID under this name, or a pod that the node authorizer has forgotten: only a read can tell.
-            Err(error) if error.is_conflict() || error.is_forbidden() => {
+            // 409 and 422 may mean another UID under this name, 403 a pod that the node authorizer has forgotten: a read tells.
+            Err(error) if matches!(error.code(), Some(403 | 409 | 422)) => {
                 match presence::of_pod(&self.clients.general, &pod).await {
                     Presence::Gone => Outcome::Gone,
                     Presence::Present | Presence::Unknown(_) => Outcome::Again(error),
@@ -376,6 +400,11 @@ impl Shared {
                 Outcome::Again(error) => return Some(error),
                 Outcome::Written { version, held } => {
                     record.acknowledged = record.acknowledged.max(version);
+                    let now = SystemClock.now().mono;
+                    if let (Some(since), Some(seconds)) = (record.unsent_since.take(), self.sync_seconds.get()) {
+                        seconds.observe((now - since).as_secs_f64());
+                    }
+                    record.unsent_since = (record.acknowledged < record.version).then_some(now);
                     record.drifted = false;
                     record.learn(held);
                 }

@@ -16,6 +16,9 @@ BOUNDS = {
     "rkubelet": {"volume follows its object": 1.0, "end after the grace period": 3},
 }
 
+# A pod that has just become Ready is looked at again anyway; a change must be seen when nothing else happens.
+SETTLE_SECONDS = 3
+
 
 def _bound(cluster: Cluster, what: str) -> float:
     return BOUNDS[cluster.agent.kind][what]
@@ -240,6 +243,7 @@ def test_volumes_follow_configmap_and_secret(cluster: Cluster) -> None:
         cluster.wait_ready("reader", ns)
         top = cluster.root_dir / "pods" / pod["metadata"]["uid"] / "volumes"
         files = {"configmaps": top / "kubernetes.io~configmap/config/text", "secrets": top / "kubernetes.io~secret/secret/text"}
+        time.sleep(SETTLE_SECONDS)
         with ThreadPoolExecutor() as pool:
             tooks = {kind: pool.submit(_seconds_until_new, cluster, ns, kind, field, files[kind])
                      for kind, field in (("configmaps", "data"), ("secrets", "stringData"))}

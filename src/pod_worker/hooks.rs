@@ -96,3 +96,143 @@ async fn run_http(action: &corev1::HTTPGetAction, ctx: &HookContext) -> Result<(
         Err(error) => Err(error.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::{
+        cri::{
+            fake::{ExecScript, FakeRuntime, ImageScript},
+            v1,
+        },
+        events::MemoryEvents,
+        pods::PodSource,
+        time::SystemClock,
+    };
+
+    async fn context() -> (HookContext, FakeRuntime, Arc<MemoryEvents>) {
+        let (fake, events) = (FakeRuntime::new(Arc::new(SystemClock)), Arc::new(MemoryEvents::default()));
+        fake.image("img", ImageScript::Present);
+        let metadata =
+            v1::PodSandboxMetadata { name: "p".into(), uid: "uid-1".into(), namespace: "ns".into(), attempt: 0 };
+        let sandbox_config = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
+        let config = v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 0 }),
+            image: Some(v1::ImageSpec { image: "img".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let sandbox = fake.run_pod_sandbox(sandbox_config.clone(), "").await.unwrap();
+        let container_id = fake.create_container(&sandbox, config, sandbox_config).await.unwrap();
+        fake.start_container(&container_id).await.unwrap();
+        let container = corev1::Container { name: "c".into(), ..Default::default() };
+        let mut object = corev1::Pod::default();
+        object.metadata.uid = Some("uid-1".into());
+        object.metadata.name = Some("p".into());
+        object.metadata.namespace = Some("ns".into());
+        object.spec = Some(corev1::PodSpec { containers: vec![container.clone()], ..Default::default() });
+        let context = HookContext {
+            pod: Pod::new(object, PodSource::Api, jiff::Timestamp::UNIX_EPOCH).unwrap(),
+            container,
+            container_id,
+            pod_ip: Some(Ipv4Addr::LOCALHOST.into()),
+            runtime: Arc::new(fake.clone()),
+            events: events.clone(),
+        };
+        (context, fake, events)
+    }
+
+    /// Answers every connection with `status`, whatever was said; sends out what it read first.
+    async fn server(status: &'static str) -> (i32, tokio::sync::mpsc::UnboundedReceiver<String>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (heads, received) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut head = vec![0; 4096];
+                let n = stream.read(&mut head).await.unwrap_or(0);
+                let _ = heads.send(String::from_utf8_lossy(&head[..n]).into_owned());
+                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.read(&mut head).await;
+            }
+        });
+        (i32::from(port), received)
+    }
+
+    fn http(port: i32, scheme: &str) -> corev1::LifecycleHandler {
+        let header = |name: &str, value: &str| corev1::HTTPHeader { name: name.into(), value: value.into() };
+        let action = corev1::HTTPGetAction {
+            port: IntOrString::Int(port),
+            path: Some("/echo?msg=x".into()),
+            scheme: Some(scheme.into()),
+            http_headers: Some(vec![header("Authorization", "secret"), header("X-A", "b")]),
+            ..Default::default()
+        };
+        corev1::LifecycleHandler { http_get: Some(action), ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn p28_exec_hook_fails_by_its_exit_code() {
+        let (ctx, fake, _) = context().await;
+        let command = Some(vec!["sh".into(), "-c".into(), "exit 1".into()]);
+        let handler = corev1::LifecycleHandler { exec: Some(corev1::ExecAction { command }), ..Default::default() };
+        assert_eq!(run_hook(&handler, ctx.clone()).await, Ok(()));
+        let failing = ExecScript { exit_code: 1, stdout: b"out ".into(), stderr: b"err".into(), ..Default::default() };
+        fake.exec_script("c", failing);
+        let error = run_hook(&handler, ctx).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "Exec lifecycle hook ([sh -c exit 1]) for Container \"c\" in Pod \"p_ns(uid-1)\" failed - error: \
+             command 'sh -c exit 1' exited with 1: err, message: \"out err\""
+        );
+    }
+
+    #[tokio::test]
+    async fn p29_http_hook_any_answer_will_do() {
+        let (ctx, ..) = context().await;
+        let (port, mut heads) = server("500 Oops").await;
+        assert_eq!(run_hook(&http(port, "HTTP"), ctx.clone()).await, Ok(()));
+        let head = heads.recv().await.unwrap();
+        assert!(head.starts_with("GET /echo?msg=x HTTP/1.1\r\n"), "{head}");
+        assert!(head.contains("\r\nUser-Agent: kube-lifecycle/1.37\r\n") && head.contains("\r\nX-A: b\r\n"), "{head}");
+        let closed = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port();
+        let error = run_hook(&http(i32::from(closed), ""), ctx).await.unwrap_err().to_string();
+        let want = "HTTP lifecycle hook (/echo?msg=x) for Container \"c\" in Pod \"p_ns(uid-1)\" failed - error: Get \"http://127.0.0.1:";
+        assert!(error.starts_with(want) && error.ends_with("connect: connection refused"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn p29_https_hook_falls_back_to_http_without_credentials() {
+        let (ctx, _, events) = context().await;
+        let (port, mut heads) = server("200 OK").await;
+        assert_eq!(run_hook(&http(port, "HTTPS"), ctx).await, Ok(()));
+        heads.recv().await.unwrap(); // a ClientHello
+        let head = heads.recv().await.unwrap();
+        assert!(head.starts_with("GET /echo?msg=x ") && !head.to_lowercase().contains("authorization"), "{head}");
+        let message =
+            format!("request to HTTPS lifecycle hook 127.0.0.1:{port} got HTTP response, retry with HTTP succeeded");
+        assert!(events.has("LifecycleHTTPFallback", &message));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p30_sleep_hook_sleeps() {
+        let (ctx, ..) = context().await;
+        let sleep =
+            |seconds| corev1::LifecycleHandler { sleep: Some(corev1::SleepAction { seconds }), ..Default::default() };
+        let start = tokio::time::Instant::now();
+        assert_eq!(run_hook(&sleep(5), ctx.clone()).await, Ok(()));
+        assert_eq!(start.elapsed().as_secs(), 5);
+        assert_eq!(run_hook(&sleep(0), ctx.clone()).await, Ok(()));
+        let tcp = corev1::LifecycleHandler { tcp_socket: Some(Default::default()), ..Default::default() };
+        let error = run_hook(&tcp, ctx).await.unwrap_err().to_string();
+        assert_eq!(error, "Cannot run handler: invalid handler: tcpSocket");
+    }
+}

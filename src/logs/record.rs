@@ -3,6 +3,8 @@
 //! CRI: `<RFC3339Nano> <stdout|stderr> <P|F>[:tag…] <content>\n`; a record marked `P` is continued by the next one of its stream.
 //! Docker JSON: one object with `log`, `stream`, `time` per line. The first line of a file decides (contract L-02).
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
 
 /// What a reader wants (contract L-03).
@@ -149,7 +151,7 @@ impl Decoder {
         Ok(())
     }
 
-    fn format(&self) -> fn(&[u8]) -> Option<(Head, std::borrow::Cow<'_, [u8]>)> {
+    fn format(&self) -> Parse {
         match self.format {
             Some(Format::Cri) => parse_cri,
             Some(Format::DockerJson) => parse_docker,
@@ -158,7 +160,7 @@ impl Decoder {
     }
 
     /// On the first line: which format. A later line that does not parse is passed over.
-    fn detect<'a>(&mut self, line: &'a [u8]) -> Result<Option<(Head, std::borrow::Cow<'a, [u8]>)>, UnknownFormat> {
+    fn detect<'a>(&mut self, line: &'a [u8]) -> Result<Option<Parsed<'a>>, UnknownFormat> {
         if self.format.is_some() {
             return Ok(None);
         }
@@ -223,9 +225,11 @@ impl Decoder {
     }
 }
 
-type Parse = for<'a> fn(&'a [u8]) -> Option<(Head, std::borrow::Cow<'a, [u8]>)>;
+/// A record with its content.
+type Parsed<'a> = (Head, Cow<'a, [u8]>);
+type Parse = for<'a> fn(&'a [u8]) -> Option<Parsed<'a>>;
 
-fn parse_cri(line: &[u8]) -> Option<(Head, std::borrow::Cow<'_, [u8]>)> {
+fn parse_cri(line: &[u8]) -> Option<Parsed<'_>> {
     let mut fields = line.splitn(4, |b| *b == b' ');
     let at = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
     let stream = match fields.next()? {
@@ -240,7 +244,7 @@ fn parse_cri(line: &[u8]) -> Option<(Head, std::borrow::Cow<'_, [u8]>)> {
     Some((Head { at, stream, partial }, content.into()))
 }
 
-fn parse_docker(line: &[u8]) -> Option<(Head, std::borrow::Cow<'_, [u8]>)> {
+fn parse_docker(line: &[u8]) -> Option<Parsed<'_>> {
     #[derive(serde::Deserialize)]
     struct Entry {
         #[serde(default)]

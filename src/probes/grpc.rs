@@ -16,8 +16,8 @@ use tonic::{
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use super::{
-    KUBERNETES_MINOR,
     http::connect,
+    kubernetes_minor,
     net_error::go_seconds,
     prober::{Outcome, ProbeError},
     schedule,
@@ -81,7 +81,7 @@ pub(super) async fn attempt(
 /// Connects; a refused connection is tried again until the caller's deadline.
 async fn connected(address: SocketAddr) -> Result<Channel, tonic::transport::Error> {
     let endpoint =
-        Endpoint::from_shared(format!("http://{address}"))?.user_agent(format!("kube-probe/{KUBERNETES_MINOR}"))?;
+        Endpoint::from_shared(format!("http://{address}"))?.user_agent(format!("kube-probe/{}", kubernetes_minor()))?;
     let mut wait = RECONNECT;
     loop {
         let connector = tower::service_fn(move |_: Uri| async move {

@@ -30,7 +30,7 @@ use tokio::{
 };
 
 use super::{
-    KUBERNETES_MINOR, net_error,
+    kubernetes_minor, net_error,
     prober::{Outcome, ProbeError, resolve_port},
     schedule,
     url::{Scheme, Url},
@@ -50,7 +50,7 @@ pub(crate) enum Purpose {
 impl Purpose {
     fn user_agent(self) -> String {
         let word = if self == Self::Probe { "probe" } else { "lifecycle" };
-        format!("kube-{word}/{KUBERNETES_MINOR}")
+        format!("kube-{word}/{}", kubernetes_minor())
     }
 }
 

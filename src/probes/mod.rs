@@ -21,5 +21,8 @@ pub use decide::ProbeKind;
 pub use ports::{ContainerVerdicts, Liveness, PodProbes, ProbeTarget, Readiness, Startup};
 pub use tracking::NodeProbes;
 
-/// Major and minor as upstream writes them in a User-Agent: `kube-probe/1.37`.
-pub(crate) const KUBERNETES_MINOR: &str = "1.37";
+/// Major and minor of the Kubernetes version, as upstream writes them in a User-Agent: `kube-probe/1.37`.
+pub(crate) fn kubernetes_minor() -> &'static str {
+    let version = crate::cli::KUBERNETES_VERSION.trim_start_matches('v');
+    version.rsplit_once('.').map_or(version, |(minor, _)| minor)
+}

@@ -1,4 +1,4 @@
-//! Which addresses the node reports (contract N-07, S-18, S-19).
+//! Which addresses the node reports (contract N-07, S-19).
 //!
 //! In: `--node-ip`, the host's interfaces and default routes, what the node's name resolves to. Out: `status.addresses`. The choice is
 //! pure ([`select`]); [`Interfaces::read`] and [`default_routes`] are the only I/O, beside the DNS lookup that the caller makes.
@@ -22,12 +22,6 @@ pub enum AddressError {
     SecondaryNodeIp(String),
     #[error("can't get ip address of node {node}. error: {reason}")]
     None { node: String, reason: String },
-}
-
-/// The node's name: `--hostname-override` or the host's name, trimmed and in lower case (contract S-18).
-pub fn node_name(hostname_override: &str, hostname: &str) -> Option<String> {
-    let name = if hostname_override.trim().is_empty() { hostname } else { hostname_override };
-    Some(name.trim().to_lowercase()).filter(|name| !name.is_empty())
 }
 
 /// One network interface that is up.
@@ -101,7 +95,6 @@ fn parse_routes_v6(text: &str) -> Vec<DefaultRoute> {
 #[derive(Debug, Clone)]
 pub struct AddressInputs<'a> {
     pub node_name: &'a str,
-    pub hostname: &'a str,
     /// `--node-ip`: none, one, or one per family. An unspecified one (`::`) only prefers its family.
     pub node_ips: &'a [IpAddr],
     /// `--cloud-provider=external`: addresses are the cloud controller's.
@@ -130,7 +123,7 @@ pub fn select(inputs: &AddressInputs<'_>) -> Result<Vec<NodeAddress>, AddressErr
             return Ok(inputs.current.to_vec());
         }
         if given.is_none() {
-            return Ok(vec![address("Hostname", inputs.hostname)]);
+            return Ok(vec![address("Hostname", inputs.node_name)]);
         }
     }
     let ips = match (primary, secondary) {
@@ -139,7 +132,7 @@ pub fn select(inputs: &AddressInputs<'_>) -> Result<Vec<NodeAddress>, AddressErr
         (None, _) => vec![choose(inputs, given)?],
     };
     let mut addresses: Vec<NodeAddress> = ips.iter().map(|ip| address("InternalIP", &ip.to_string())).collect();
-    addresses.push(address("Hostname", inputs.hostname));
+    addresses.push(address("Hostname", inputs.node_name));
     Ok(addresses)
 }
 
@@ -155,7 +148,7 @@ fn address(kind: &str, address: &str) -> NodeAddress {
 }
 
 fn choose(inputs: &AddressInputs<'_>, given: Option<IpAddr>) -> Result<IpAddr, AddressError> {
-    if let Ok(ip) = inputs.hostname.parse::<IpAddr>() {
+    if let Ok(ip) = inputs.node_name.parse::<IpAddr>() {
         return Ok(ip);
     }
     let prefer_v4 = given.is_none_or(|ip| ip.is_ipv4());
@@ -244,7 +237,7 @@ mod tests {
     }
 
     struct Case {
-        hostname: &'static str,
+        name: &'static str,
         node_ips: Vec<IpAddr>,
         resolved: Vec<IpAddr>,
         external_cloud: bool,
@@ -255,7 +248,7 @@ mod tests {
     fn case() -> Case {
         let route = |v6| DefaultRoute { v6, interface: "eth0".to_owned() };
         Case {
-            hostname: "node1",
+            name: "node1",
             node_ips: vec![],
             resolved: vec![],
             external_cloud: false,
@@ -267,8 +260,7 @@ mod tests {
     fn run(case: &Case) -> Result<String, String> {
         let interfaces = interfaces();
         let addresses = select(&AddressInputs {
-            node_name: "node1",
-            hostname: case.hostname,
+            node_name: case.name,
             node_ips: &case.node_ips,
             external_cloud: case.external_cloud,
             interfaces: &interfaces,
@@ -290,7 +282,7 @@ mod tests {
         assert_eq!(found(named), "InternalIP=10.0.0.5 Hostname=node1", "only addresses of this host count");
         let given = Case { node_ips: vec![ip("10.0.0.5")], resolved: vec![ip("192.0.2.2")], ..case() };
         assert_eq!(found(given), "InternalIP=10.0.0.5 Hostname=node1");
-        let literal = Case { hostname: "198.51.100.7", ..case() };
+        let literal = Case { name: "198.51.100.7", ..case() };
         assert_eq!(found(literal), "InternalIP=198.51.100.7 Hostname=198.51.100.7");
     }
 
@@ -349,13 +341,6 @@ mod tests {
             "{zero} 00 {zero} 00 {gateway} 400 1 0 3 eth0\n{zero} 00 {zero} 00 {zero} ffffffff 1 0 200200 lo\n"
         );
         assert_eq!(parse_routes_v6(&v6), [DefaultRoute { v6: true, interface: "eth0".into() }]);
-    }
-
-    #[test]
-    fn s18_node_name_is_trimmed_and_lowered() {
-        assert_eq!(node_name("", "HostA\n").as_deref(), Some("hosta"));
-        assert_eq!(node_name(" Over.Example ", "host").as_deref(), Some("over.example"));
-        assert_eq!(node_name(" ", " "), None);
     }
 
     #[test]

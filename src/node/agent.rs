@@ -86,7 +86,7 @@ impl NodeAgent {
             Arc::clone(&settings),
             facts.clone(),
             channels.clone(),
-            object.subscribe(),
+            object.clone(),
             parts.cancel.clone(),
         ));
         tasks.spawn(enforce(
@@ -120,7 +120,7 @@ fn first_facts(settings: &NodeSettings, cgroup_v2: bool) -> NodeFacts {
     let network = RuntimeState::unknown();
     NodeFacts {
         name: settings.node_name.clone(),
-        hostname: settings.hostname.clone(),
+        hostname: settings.kernel_hostname.clone(),
         labels: initial_labels(settings),
         network_not_ready: network.network_error().map(str::to_owned),
         cgroup_v2,
@@ -224,9 +224,11 @@ async fn keep_facts(
     settings: Arc<NodeSettings>,
     facts: FactsPublisher,
     channels: Channels,
-    mut node: watch::Receiver<Option<Arc<Node>>>,
+    object: NodeObject,
     cancel: CancellationToken,
 ) {
+    // Held, not only watched: standalone nobody else keeps the Node's channel open.
+    let mut node = object.subscribe();
     let mut runtime = channels.runtime.subscribe();
     let mut readings = channels.readings.subscribe();
     let mut ready_before = false;
@@ -319,3 +321,7 @@ async fn try_enforce(cgroups: &KubepodsCgroups, settings: &NodeSettings) -> Resu
     let allocatable = kubepods_allocatable(&machine, &settings.reservations, settings.enforce_pods);
     cgroups.ensure_root(&allocatable).await.map_err(|e| e.to_string())
 }
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

@@ -88,7 +88,11 @@ impl State {
                 let path = format!("{object}/{}", body["metadata"]["name"].as_str().unwrap_or_default());
                 match self.objects.contains_key(&path) {
                     true => failure(StatusCode::CONFLICT),
-                    false => (StatusCode::CREATED, self.store(&path, body)),
+                    false => {
+                        let mut created = body;
+                        created["metadata"]["uid"] = json!("made-by-the-fake");
+                        (StatusCode::CREATED, self.store(&path, created))
+                    }
                 }
             }
             Method::PUT => (StatusCode::OK, self.store(object, body)),

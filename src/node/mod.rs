@@ -31,7 +31,6 @@ mod status;
 pub mod tunables;
 mod watch_node;
 
-pub use addresses::node_name;
 pub use agent::{NodeAgent, NodeHandles, NodeParts};
 pub use capacity::{PodSlots, Reservations};
 pub use facts::NodeFacts;

@@ -15,9 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     patch::node_patch,
-    settings::{NodeSettings, OPERATING_SYSTEM, architecture},
+    settings::{NodeSettings, OPERATING_SYSTEM},
     status::{attach_detach_annotation, attach_detach_key, is_extended},
 };
+use crate::cli::architecture;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(7);
@@ -41,7 +42,7 @@ const DEFAULT_LABELS: [&str; 11] = [
 /// The labels a new node gets (contract N-02).
 pub fn initial_labels(settings: &NodeSettings) -> BTreeMap<String, String> {
     let mut labels: BTreeMap<String, String> = [
-        (HOSTNAME, settings.hostname.as_str()),
+        (HOSTNAME, settings.node_name.as_str()),
         ("kubernetes.io/os", OPERATING_SYSTEM),
         ("kubernetes.io/arch", architecture()),
         ("beta.kubernetes.io/os", OPERATING_SYSTEM),

@@ -14,8 +14,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    config::CgroupDriver,
     cri::{CriError, RuntimeService},
-    resources::CgroupDriver,
     time::Clock,
 };
 
@@ -152,9 +152,15 @@ pub async fn handshake(cri: &dyn RuntimeService, configured: CgroupDriver) -> Re
         Err(error) => return Err(error),
     };
     if cgroup_driver != configured {
-        tracing::info!(runtime = %cgroup_driver, config = %configured, "using the cgroup driver of the runtime");
+        tracing::info!(runtime = ?cgroup_driver, config = ?configured, "using the cgroup driver of the runtime");
     }
-    Ok(Handshake { runtime_name: version.runtime_name, runtime_version: version.runtime_version, cgroup_driver })
+    let runtime_version = plain_version(&version.runtime_version);
+    Ok(Handshake { runtime_name: version.runtime_name, runtime_version, cgroup_driver })
+}
+
+/// containerd says `v2.3.7`; the Node says `2.3.7`.
+fn plain_version(version: &str) -> String {
+    version.strip_prefix('v').unwrap_or(version).to_owned()
 }
 
 async fn retried<T>(call: impl AsyncFn() -> Result<T, CriError>) -> Result<T, CriError> {
@@ -193,7 +199,7 @@ pub(super) async fn monitor(
         match answer {
             Ok((version, status)) => {
                 if let Some(version) = version {
-                    (next.name, next.version) = (version.runtime_name, version.runtime_version);
+                    (next.name, next.version) = (version.runtime_name, plain_version(&version.runtime_version));
                 }
                 next.take_status(&status, now);
             }
@@ -244,6 +250,10 @@ pub(super) fn ready_for_test() -> RuntimeState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        cri::fake::{FakeRuntime, Fault},
+        time::SystemClock,
+    };
 
     fn status(runtime: Option<bool>, network: Option<bool>) -> v1::StatusResponse {
         let condition = |type_: &str, status: bool, reason: &str| v1::RuntimeCondition {
@@ -329,5 +339,101 @@ mod tests {
             state.handlers.iter().map(|h| (h.name.as_str(), h.recursive_read_only_mounts)).collect();
         assert_eq!(names, [("", false), ("runc", true)]);
         assert_eq!(state.supplemental_groups_policy, Some(true));
+    }
+
+    fn fake() -> FakeRuntime {
+        FakeRuntime::new(Arc::new(SystemClock))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn s12_the_driver_of_the_runtime_wins() {
+        let made = handshake(&fake(), CgroupDriver::Cgroupfs).await.unwrap();
+        let expected = Handshake {
+            runtime_name: "containerd".into(),
+            runtime_version: "2.3.7".into(),
+            cgroup_driver: CgroupDriver::Systemd,
+        };
+        assert_eq!(made, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn s12_without_runtime_config_the_configured_driver_stays() {
+        let runtime = fake();
+        let fault = Fault::Error { code: tonic::Code::Unimplemented, message: "unknown method".into() };
+        runtime.inject("RuntimeConfig", 1, fault);
+        let made = handshake(&runtime, CgroupDriver::Cgroupfs).await.unwrap();
+        assert_eq!(made.cgroup_driver, CgroupDriver::Cgroupfs);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn s12_three_tries_two_seconds_apart() {
+        let runtime = fake();
+        runtime.inject("RuntimeConfig", 2, Fault::error("starting"));
+        let started = Instant::now();
+        handshake(&runtime, CgroupDriver::Cgroupfs).await.unwrap();
+        assert_eq!(started.elapsed(), 2 * HANDSHAKE_PAUSE);
+        runtime.inject("Version", 3, Fault::error("broken"));
+        assert!(handshake(&runtime, CgroupDriver::Cgroupfs).await.is_err());
+    }
+
+    struct Watched {
+        runtime: FakeRuntime,
+        state: watch::Receiver<RuntimeState>,
+        poke: Arc<Notify>,
+        _stop: tokio_util::sync::DropGuard,
+    }
+
+    fn watched() -> Watched {
+        let (runtime, poke, cancel) = (fake(), Arc::<Notify>::default(), CancellationToken::new());
+        let (sender, state) = watch::channel(RuntimeState::unknown());
+        let clock = Arc::new(SystemClock);
+        tokio::spawn(monitor(Arc::new(runtime.clone()), sender, Arc::clone(&poke), clock, cancel.clone()));
+        Watched { runtime, state, poke, _stop: cancel.drop_guard() }
+    }
+
+    async fn millis(n: u64) {
+        tokio::time::sleep(Duration::from_millis(n)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn n17_a_network_that_comes_up_is_seen_within_half_a_second() {
+        let mut w = watched();
+        w.runtime.set_conditions(true, false);
+        millis(6000).await;
+        assert!(w.state.borrow_and_update().network_error().unwrap().contains("NetworkPluginNotReady"));
+        w.runtime.set_conditions(true, true);
+        millis(501).await;
+        assert!(w.state.has_changed().unwrap());
+        assert_eq!(w.state.borrow_and_update().network_error(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn s27_a_ready_runtime_is_asked_every_five_seconds_or_when_poked() {
+        let mut w = watched();
+        millis(1000).await;
+        w.state.borrow_and_update();
+        let asked = w.runtime.count("Status");
+        millis(50_000).await;
+        assert_eq!(w.runtime.count("Status") - asked, 10);
+        assert!(!w.state.has_changed().unwrap(), "nothing new is no news");
+        w.poke.notify_one();
+        millis(1).await;
+        assert_eq!(w.runtime.count("Status") - asked, 11);
+        assert_eq!(w.runtime.count("Version"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn n17_a_runtime_that_goes_away_is_down_after_30_seconds_and_comes_back_at_once() {
+        let mut w = watched();
+        millis(1000).await;
+        w.runtime.set_down(true);
+        millis(24_000).await;
+        assert!(w.state.borrow_and_update().runtime_errors().is_empty());
+        millis(10_000).await;
+        assert_eq!(w.state.borrow_and_update().runtime_errors(), ["container runtime is down"]);
+        w.runtime.set_down(false);
+        millis(501).await;
+        assert!(w.state.borrow().runtime_errors().is_empty());
+        assert!(w.runtime.count("Version") > 1, "it may be another version now");
     }
 }

@@ -68,8 +68,8 @@ impl Sensors {
         clock: Arc<dyn Clock>,
         kubepods: Option<PathBuf>,
     ) -> Self {
-        let eviction = &settings.reservations.eviction;
-        let thresholds = if settings.enforce_pods { with_kubepods(eviction) } else { eviction.clone() };
+        let all = &settings.thresholds;
+        let thresholds = if settings.enforce_pods { with_kubepods(all) } else { all.clone() };
         Self {
             settings,
             images,
@@ -221,7 +221,8 @@ async fn in_time<T>(rpc: &'static str, call: impl Future<Output = Result<T, CriE
 
 /// What the node's name resolves to; not asked when `--node-ip` settles it.
 async fn resolve(settings: &NodeSettings) -> Vec<IpAddr> {
-    if settings.node_ips.first().is_some_and(|ip| !ip.is_unspecified()) || settings.hostname.parse::<IpAddr>().is_ok() {
+    if settings.node_ips.first().is_some_and(|ip| !ip.is_unspecified()) || settings.node_name.parse::<IpAddr>().is_ok()
+    {
         return Vec::new();
     }
     let lookup = tokio::net::lookup_host((settings.node_name.as_str(), 0));
@@ -239,7 +240,6 @@ fn choose_addresses(
 ) -> Option<Vec<k8s_openapi::api::core::v1::NodeAddress>> {
     let chosen = addresses::select(&AddressInputs {
         node_name: &settings.node_name,
-        hostname: &settings.hostname,
         node_ips: &settings.node_ips,
         external_cloud: settings.external_cloud,
         interfaces,

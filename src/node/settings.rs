@@ -8,14 +8,19 @@ use super::{
     capacity::{PodSlots, Reservations},
     machine::HostPaths,
 };
+use crate::{
+    cli::kubelet_version,
+    config::{CloudProvider, Config, HostFacts, Threshold},
+};
 
 /// Settings of the node room. Flags and fields are named in each line.
 #[derive(Debug, Clone)]
 pub struct NodeSettings {
-    /// See [`super::node_name`].
+    /// The host's name or `--hostname-override`, in lower case: also what `kubernetes.io/hostname` and the Hostname address say
+    /// (contract S-18).
     pub node_name: String,
-    /// The kernel's host name, or `--hostname-override`: what `kubernetes.io/hostname` and the Hostname address say.
-    pub hostname: String,
+    /// What a host-network pod sees.
+    pub kernel_hostname: String,
     /// `--node-ip`
     pub node_ips: Vec<IpAddr>,
     /// `--cloud-provider=external`
@@ -32,8 +37,10 @@ pub struct NodeSettings {
     pub controller_attach_detach: bool,
     /// `maxPods`, `podsPerCore`
     pub pod_slots: PodSlots,
-    /// `systemReserved`, `kubeReserved`, and the eviction thresholds
+    /// `systemReserved`, `kubeReserved`, and the eviction thresholds as far as they are subtracted
     pub reservations: Reservations,
+    /// `evictionHard`, `evictionSoft`, …
+    pub thresholds: Vec<Threshold>,
     /// `enforceNodeAllocatable` contains `pods`
     pub enforce_pods: bool,
     /// `evictionPressureTransitionPeriod`
@@ -59,14 +66,45 @@ pub struct NodeSettings {
     pub host: HostPaths,
 }
 
-/// GOARCH's names, as labels and `nodeInfo.architecture` use them.
-pub(super) fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
+impl NodeSettings {
+    /// `declared_features`: what this agent does of `status.declaredFeatures`.
+    pub fn from_config(config: &Config, host: &HostFacts, paths: HostPaths, declared_features: Vec<String>) -> Self {
+        let kubelet = &config.kubelet;
+        let counted =
+            if config.flags.allocatable_ignores_eviction { &[] } else { config.eviction_thresholds.as_slice() };
+        Self {
+            node_name: config.node_name.clone(),
+            kernel_hostname: host.hostname.clone(),
+            node_ips: config.node_ips.clone(),
+            external_cloud: config.flags.cloud_provider == CloudProvider::External,
+            register_node: kubelet.register_node,
+            node_labels: config.flags.node_labels.clone(),
+            taints: kubelet.register_with_taints.clone(),
+            provider_id: kubelet.provider_id.clone(),
+            controller_attach_detach: kubelet.enable_controller_attach_detach,
+            pod_slots: PodSlots {
+                max_pods: i64::from(kubelet.max_pods),
+                pods_per_core: i64::from(kubelet.pods_per_core),
+            },
+            reservations: Reservations {
+                system_reserved: config.system_reserved.clone(),
+                kube_reserved: config.kube_reserved.clone(),
+                eviction: counted.to_vec(),
+            },
+            thresholds: config.eviction_thresholds.clone(),
+            enforce_pods: kubelet.enforce_node_allocatable.iter().any(|key| key == "pods"),
+            pressure_transition: kubelet.eviction_pressure_transition_period.std(),
+            local_storage_isolation: kubelet.local_storage_capacity_isolation,
+            lease_seconds: kubelet.node_lease_duration_seconds,
+            kubelet_port: kubelet.port,
+            update_frequency: kubelet.node_status_update_frequency.std(),
+            report_frequency: kubelet.node_status_report_frequency.std(),
+            max_images: kubelet.node_status_max_images,
+            kubelet_version: kubelet_version(),
+            declared_features,
+            root_dir: config.root_directory().to_owned(),
+            host: paths,
+        }
     }
 }
 
@@ -76,7 +114,7 @@ pub(super) const OPERATING_SYSTEM: &str = "linux";
 pub(super) fn test_settings() -> NodeSettings {
     NodeSettings {
         node_name: "node1".to_owned(),
-        hostname: "node1".to_owned(),
+        kernel_hostname: "kernel1".to_owned(),
         node_ips: vec![],
         external_cloud: false,
         register_node: true,
@@ -86,6 +124,7 @@ pub(super) fn test_settings() -> NodeSettings {
         controller_attach_detach: true,
         pod_slots: PodSlots { max_pods: 110, pods_per_core: 0 },
         reservations: Reservations::default(),
+        thresholds: vec![],
         enforce_pods: true,
         pressure_transition: Duration::from_secs(300),
         local_storage_isolation: true,

@@ -19,9 +19,9 @@ use super::{
     machine::Machine,
     pressure::Pressure,
     runtime_state::RuntimeState,
-    settings::{NodeSettings, OPERATING_SYSTEM, architecture},
+    settings::{NodeSettings, OPERATING_SYSTEM},
 };
-use crate::{events::EventType, quantity::Quantity, resources::ResourceList, time::Now};
+use crate::{cli::architecture, events::EventType, quantity::Quantity, resources::ResourceList, time::Now};
 
 const ATTACH_DETACH: &str = "volumes.kubernetes.io/controller-managed-attach-detach";
 const PROVIDED_NODE_IP: &str = "alpha.kubernetes.io/provided-node-ip";

@@ -1,45 +1,6 @@
 //! Names of cgroups: the internal path of components, and how each driver writes it (contract R-01). Pure.
 
-use std::{fmt, str::FromStr};
-
-/// Who owns the cgroup tree. CRI's RuntimeConfig decides, the config only when the runtime does not know (contract S-12).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CgroupDriver {
-    Cgroupfs,
-    Systemd,
-}
-
-impl CgroupDriver {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Cgroupfs => "cgroupfs",
-            Self::Systemd => "systemd",
-        }
-    }
-}
-
-impl fmt::Display for CgroupDriver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// The text is neither `cgroupfs` nor `systemd`.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cgroupDriver must be \"cgroupfs\" or \"systemd\", not {0:?}")]
-pub struct UnknownDriver(String);
-
-impl FromStr for CgroupDriver {
-    type Err = UnknownDriver;
-
-    fn from_str(text: &str) -> Result<Self, UnknownDriver> {
-        match text {
-            "cgroupfs" => Ok(Self::Cgroupfs),
-            "systemd" => Ok(Self::Systemd),
-            other => Err(UnknownDriver(other.to_owned())),
-        }
-    }
-}
+use crate::config::CgroupDriver;
 
 /// A cgroup as a list of components from the root: `kubepods`, `burstable`, `pod<uid>`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -136,11 +97,5 @@ mod tests {
         assert_eq!(pod_uid_of("burstable"), None);
         assert_eq!(pod_uid_of("kubepods-burstable.slice"), None);
         assert_eq!(pod_uid_of("pod"), None);
-    }
-
-    #[test]
-    fn drivers_are_parsed() {
-        assert_eq!("systemd".parse(), Ok(CgroupDriver::Systemd));
-        assert!("x".parse::<CgroupDriver>().unwrap_err().to_string().contains("\"x\""));
     }
 }

@@ -4,18 +4,23 @@
 //! and removed, with any process left in it, after the pod has ended. With the systemd driver the slices belong to systemd: only
 //! names are handed out and the runtime has systemd make the slice; limits on kubepods, QoS and pod level are then not set.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use async_trait::async_trait;
 
 pub use super::cgroup_fs::CgroupError;
 use super::{
     cgroup_fs::{Hierarchy, Limits},
-    cgroup_names::{CgroupDriver, CgroupName, pod_uid_of},
+    cgroup_names::{CgroupName, pod_uid_of},
     qos::{QosClass, cpu_quota, cpu_shares, qos_class},
     requests::{ResourceList, hugepage_size, pod_level_set, pod_limits, pod_requests, resource_list},
 };
 use crate::{
+    config::{CgroupDriver, Config},
     pods::{Pod, PodUid},
     quantity::Quantity,
 };
@@ -28,13 +33,15 @@ const MIN_CPU_SHARES: u64 = 2;
 pub trait PodCgroups: Send + Sync + 'static {
     /// What CRI's `linux.cgroup_parent` gets; empty when pods have no cgroups of their own (`cgroupsPerQOS: false`).
     fn cgroup_parent(&self, pod: &Pod) -> String;
-    /// Makes the pod's cgroup with its limits unless it exists. Before the sandbox.
+    /// Makes the pod's cgroup with its limits unless it exists, and counts the pod in its class. Before the sandbox, and once for each
+    /// pod that was adopted.
     async fn create(&self, pod: &Pod) -> Result<(), CgroupError>;
     /// Kills what runs in the pod's cgroup, in whichever class it stands, and removes it. Fine when there is none.
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError>;
     /// UIDs of the pods that have a cgroup.
     async fn list(&self) -> Vec<PodUid>;
-    /// Sets the shares of the QoS classes from the pods that are active; on each pod added and every 60 s (contract R-03).
+    /// Sets the shares of the QoS classes from the pods that are active: every 60 s, so that what went amiss is put right (contract
+    /// [`create`](Self::create) and [`remove`](Self::remove) do so for their pod at once.
     async fn update_qos(&self, active: &[Pod]) -> Result<(), CgroupError>;
 }
 
@@ -58,6 +65,23 @@ pub struct CgroupSettings {
     pub hugepage_sizes: Vec<i64>,
 }
 
+impl CgroupSettings {
+    /// `driver` is what the handshake with the runtime settled, `hugepage_sizes` what the machine has.
+    pub fn from_config(config: &Config, driver: CgroupDriver, mount: &Path, hugepage_sizes: Vec<i64>) -> Self {
+        let kubelet = &config.kubelet;
+        Self {
+            mount: mount.to_owned(),
+            root: kubelet.cgroup_root.clone(),
+            per_qos: kubelet.cgroups_per_qos,
+            driver,
+            pod_pids_limit: kubelet.pod_pids_limit,
+            cpu_cfs_quota: kubelet.cpu_cfs_quota,
+            cpu_cfs_period_micros: kubelet.cpu_cfs_quota_period.std().as_micros().try_into().unwrap_or(100_000),
+            hugepage_sizes,
+        }
+    }
+}
+
 /// [`PodCgroups`] on the cgroup file system.
 #[derive(Clone)]
 pub struct KubepodsCgroups(Arc<Inner>);
@@ -66,6 +90,8 @@ struct Inner {
     settings: CgroupSettings,
     hierarchy: Hierarchy,
     kubepods: CgroupName,
+    /// CPU requests in millicores of the burstable pods that have a cgroup.
+    burstable: Mutex<HashMap<PodUid, i64>>,
 }
 
 impl KubepodsCgroups {
@@ -73,7 +99,7 @@ impl KubepodsCgroups {
     pub fn new(settings: CgroupSettings) -> Result<Self, CgroupError> {
         let hierarchy = Hierarchy::detect(&settings.mount)?;
         let kubepods = CgroupName::from_path(&settings.root).child("kubepods");
-        Ok(Self(Arc::new(Inner { settings, hierarchy, kubepods })))
+        Ok(Self(Arc::new(Inner { settings, hierarchy, kubepods, burstable: Mutex::default() })))
     }
 
     /// This host runs cgroup v2 alone.
@@ -127,13 +153,16 @@ impl PodCgroups for KubepodsCgroups {
         }
         let path = self.0.pod_cgroup(qos_class(pod), pod.uid()).path(self.0.settings.driver);
         let limits = limits_of_pod(pod, &self.0.settings);
+        let counted = self.0.count(pod);
         self.blocking("create", move |inner| {
-            if inner.hierarchy.exists(&path) {
-                return Ok(());
+            if !inner.hierarchy.exists(&path) {
+                inner.hierarchy.create(&path)?;
+                if let Err(error) = inner.hierarchy.set(&path, &limits) {
+                    tracing::error!(cgroup = path, %error, "pod cgroup has not got all its limits");
+                }
             }
-            inner.hierarchy.create(&path)?;
-            if let Err(error) = inner.hierarchy.set(&path, &limits) {
-                tracing::error!(cgroup = path, %error, "pod cgroup has not got all its limits");
+            if counted {
+                inner.set_qos_shares();
             }
             Ok(())
         })
@@ -145,11 +174,16 @@ impl PodCgroups for KubepodsCgroups {
             return Ok(());
         }
         let uid = uid.clone();
+        let manages = self.manages();
         self.blocking("remove", move |inner| {
             QosClass::ALL
                 .into_iter()
                 .map(|class| inner.pod_cgroup(class, &uid).path(inner.settings.driver))
-                .try_for_each(|path| inner.hierarchy.remove(&path))
+                .try_for_each(|path| inner.hierarchy.remove(&path))?;
+            if inner.burstable().remove(&uid).is_some() && manages {
+                inner.set_qos_shares();
+            }
+            Ok(())
         })
         .await
     }
@@ -165,13 +199,20 @@ impl PodCgroups for KubepodsCgroups {
         if !self.manages() {
             return Ok(());
         }
-        let milli: i64 = active
-            .iter()
-            .filter(|pod| qos_class(pod) == QosClass::Burstable)
-            .filter_map(|pod| pod_requests(pod).get("cpu").map(Quantity::milli_value))
-            .fold(0, i64::saturating_add);
-        self.blocking("update", move |inner| inner.set_qos_shares(milli)).await
+        let counted = active.iter().filter_map(|pod| Some((pod.uid().clone(), burstable_milli(pod)?))).collect();
+        *self.0.burstable() = counted;
+        self.blocking("update", |inner| {
+            inner.set_qos_shares();
+            Ok(())
+        })
+        .await
     }
+}
+
+/// CPU request in millicores of a burstable pod.
+fn burstable_milli(pod: &Pod) -> Option<i64> {
+    let burstable = qos_class(pod) == QosClass::Burstable;
+    burstable.then(|| pod_requests(pod).get("cpu").map_or(0, Quantity::milli_value))
 }
 
 impl QosClass {
@@ -211,13 +252,23 @@ impl Inner {
         Ok(())
     }
 
-    fn set_qos_shares(&self, burstable_milli: i64) -> Result<(), CgroupError> {
-        let set = |class, shares| {
-            let path = self.class_cgroup(class).path(self.settings.driver);
-            self.hierarchy.set(&path, &Limits { cpu_shares: Some(shares), ..Limits::default() })
-        };
-        set(QosClass::BestEffort, MIN_CPU_SHARES)?;
-        set(QosClass::Burstable, cpu_shares(burstable_milli))
+    fn burstable(&self) -> MutexGuard<'_, HashMap<PodUid, i64>> {
+        self.burstable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the class's shares change with this pod.
+    fn count(&self, pod: &Pod) -> bool {
+        let Some(milli) = burstable_milli(pod) else { return false };
+        self.burstable().insert(pod.uid().clone(), milli) != Some(milli)
+    }
+
+    fn set_qos_shares(&self) {
+        let milli = self.burstable().values().fold(0, |sum: i64, m| sum.saturating_add(*m));
+        let path = self.class_cgroup(QosClass::Burstable).path(self.settings.driver);
+        let limits = Limits { cpu_shares: Some(cpu_shares(milli)), ..Limits::default() };
+        if let Err(error) = self.hierarchy.set(&path, &limits) {
+            tracing::warn!(cgroup = path, %error, "cannot set the CPU shares of the burstable class");
+        }
     }
 
     fn list(&self) -> Vec<PodUid> {
@@ -397,6 +448,8 @@ mod tests {
         let cgroups = KubepodsCgroups::new(settings(dir.path())).unwrap();
         cgroups.create(&burstable()).await.unwrap();
         let made = dir.path().join("kubepods/burstable/podu-1");
+        let class = || fs::read_to_string(dir.path().join("kubepods/burstable/cpu.weight")).unwrap();
+        assert_eq!(class(), super::super::cpu_weight(256).to_string(), "its class has its shares at once");
         assert_eq!(fs::read_to_string(made.join("cpu.max")).unwrap(), "50000 100000");
         fs::create_dir_all(dir.path().join("kubepods/besteffort/podother")).unwrap();
         let uids: Vec<String> = cgroups.list().await.iter().map(ToString::to_string).collect();

@@ -10,7 +10,7 @@ pub mod cgroups;
 mod qos;
 mod requests;
 
-pub use cgroup_names::{CgroupDriver, CgroupName};
+pub use cgroup_names::CgroupName;
 pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
 pub use qos::{
     CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical,

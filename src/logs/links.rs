@@ -47,6 +47,25 @@ pub fn remove_link(link: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes a container's log, what it was rotated to (`<n>.log.<time>`, compressed or not), and its link.
+pub fn remove_logs(log_file: &Path, link: Option<&Path>) -> io::Result<()> {
+    if let Some(link) = link {
+        remove_link(link)?;
+    }
+    let (Some(directory), Some(name)) = (log_file.parent(), log_file.file_name()) else { return Ok(()) };
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(name.as_encoded_bytes()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +83,19 @@ mod tests {
         remove_link(&link).unwrap();
         remove_link(&link).unwrap();
         assert!(fs::symlink_metadata(&link).is_err());
+    }
+
+    #[test]
+    fn l04_a_removed_container_leaves_no_log_rotated_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("1.log");
+        for name in ["1.log", "1.log.20261121-101500", "1.log.20261121-101400.gz", "0.log"] {
+            fs::write(dir.path().join(name), "x").unwrap();
+        }
+        remove_logs(&log, None).unwrap();
+        remove_logs(&dir.path().join("gone/0.log"), Some(&dir.path().join("no.link"))).unwrap();
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["0.log"]);
     }
 
     #[test]

@@ -41,7 +41,8 @@ const IN_FLIGHT: usize = 16;
 /// A status that the apiserver rejects as invalid is tried again this late, or when a newer one is offered.
 const REJECTED_PAUSE: Duration = Duration::from_secs(60);
 
-/// [`StatusPublisher`] over the general API client. Make it inside the runtime.
+/// [`StatusPublisher`] over the general API client. Make it inside the runtime. Clones are the same publisher.
+#[derive(Clone)]
 pub struct ApiPublisher(Arc<Shared>);
 
 struct Shared {
@@ -171,6 +172,12 @@ impl ApiPublisher {
         // A second registration would have failed above, for its name.
         self.0.sync_seconds.set(seconds).ok();
         Ok(())
+    }
+
+    /// The newest status offered of a pod: what this node says of it, sent or not.
+    pub fn newest(&self, uid: &PodUid) -> Option<PodStatus> {
+        let records = self.0.records.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        records.by_uid.get(uid).map(|record| PodStatus::clone(&record.status))
     }
 
     /// Returns when every status offered so far is acknowledged: for an orderly shutdown, under the caller's deadline.

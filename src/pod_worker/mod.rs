@@ -1,3 +1,28 @@
-//! pod_worker
+//! The heart: one worker per pod UID, from first sight to clean-up.
+//!
+//! A worker sleeps until it is woken, reads a [`PodView`](view::PodView), asks the pure [`decide`](decide::decide) what to do, publishes the status, and
+//! lets [`execute`] carry out the actions. It keeps no state that it could look up; what it must remember is
+//! [`History`](view::History). Touches the runtime, volumes, images and cgroups through their ports only.
 
+pub mod actions;
+pub mod backoff;
+pub mod decide;
+pub mod execute;
 pub mod hooks;
+mod going_down;
+pub mod start_order;
+pub mod registry;
+pub mod restart;
+mod start_container;
+mod stop;
+pub mod start_gate;
+pub mod view;
+mod worker;
+
+pub use registry::{PodWorkers, WorkerParts, WorkerSettings, WorkerWakes};
+pub use start_gate::StartGate;
+
+#[cfg(test)]
+mod decide_tests;
+#[cfg(test)]
+mod world;

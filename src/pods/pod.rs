@@ -73,6 +73,10 @@ impl Pod {
         Some(Self(Arc::new(Inner { uid, metadata, spec, status, source, seen })))
     }
 
+    /// Both are the very same object in memory: nothing can have changed.
+    pub fn same_object(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
     pub fn uid(&self) -> &PodUid {
         &self.0.uid
     }

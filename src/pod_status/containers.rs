@@ -1,0 +1,280 @@
+//! The statuses of a pod's containers (contract P-34, P-42). Pure.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{
+    ContainerState as ApiState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
+    ContainerStatus, ContainerUser, LinuxContainerUser, PodStatus, VolumeMountStatus,
+};
+
+use super::generate::{StatusInput, time};
+use crate::{
+    cri::{Container, ContainerState},
+    pod_worker::{
+        restart::restarts_after,
+        start_order::{self, restart_count},
+    },
+    pods::{ContainerKind, ContainerRef},
+    probes::{Readiness, Startup},
+};
+
+const LOST_AT_END: &str = "The container could not be located when the pod was terminated";
+const LOST_RUNNING: &str =
+    "The container could not be located when the pod was deleted.  The container used to be Running";
+const INIT_LOST: &str =
+    "Unable to get init container status from container runtime and pod has been initialized, treat it as exited normally";
+
+/// In spec order.
+pub(super) fn init_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
+    input.pod.init_containers().map(|c| container_status(input, c)).collect()
+}
+
+/// By name, as upstream sorts them.
+pub(super) fn main_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
+    let mut list: Vec<_> = input.pod.main_containers().map(|c| container_status(input, c)).collect();
+    list.sort_by(|a, b| a.name.cmp(&b.name));
+    list
+}
+
+fn container_status(input: &StatusInput<'_>, container: ContainerRef<'_>) -> ContainerStatus {
+    let old = old_status(input, container);
+    let mut status = match input.runtime {
+        None => old.cloned().unwrap_or_else(|| default_status(input, container, None)),
+        Some(runtime) => {
+            let mut known: Vec<&Container> = runtime.containers.iter().filter(|c| c.name == container.name()).collect();
+            known.sort_by_key(|c| std::cmp::Reverse((c.attempt, c.created_at)));
+            match known.as_slice() {
+                [] => missing_status(input, container, old),
+                [latest, rest @ ..] => observed_status(input, container, latest, rest.first().copied(), old),
+            }
+        }
+    };
+    apply_waiting(input, container, &mut status);
+    set_started_and_ready(input, container, &mut status);
+    status
+}
+
+fn old_status<'a>(input: &StatusInput<'a>, container: ContainerRef<'_>) -> Option<&'a ContainerStatus> {
+    let list = match container.kind {
+        ContainerKind::Init | ContainerKind::Sidecar => &input.last.init_container_statuses,
+        _ => &input.last.container_statuses,
+    };
+    list.iter().flatten().find(|s| s.name == container.name())
+}
+
+fn default_waiting(input: &StatusInput<'_>) -> ApiState {
+    let has_init = input.pod.init_containers().next().is_some();
+    waiting(if has_init { "PodInitializing" } else { "ContainerCreating" }, None)
+}
+
+fn waiting(reason: &str, message: Option<&str>) -> ApiState {
+    let state = ContainerStateWaiting {
+        reason: Some(reason.to_owned()).filter(|r| !r.is_empty()),
+        message: message.map(str::to_owned),
+    };
+    ApiState { waiting: Some(state), ..Default::default() }
+}
+
+fn default_status(
+    input: &StatusInput<'_>,
+    container: ContainerRef<'_>,
+    old: Option<&ContainerStatus>,
+) -> ContainerStatus {
+    ContainerStatus {
+        name: container.name().to_owned(),
+        image: container.image().to_owned(),
+        image_id: String::new(),
+        state: Some(default_waiting(input)),
+        restart_count: old.map_or(0, |o| o.restart_count),
+        last_state: Some(old.and_then(|o| o.last_state.clone()).unwrap_or_default()),
+        volume_mounts: volume_mounts(container),
+        ..Default::default()
+    }
+}
+
+/// The runtime does not know the container: never made, or lost.
+fn missing_status(
+    input: &StatusInput<'_>,
+    container: ContainerRef<'_>,
+    old: Option<&ContainerStatus>,
+) -> ContainerStatus {
+    if let Some(old) = old.filter(|o| o.state.as_ref().is_some_and(|s| s.terminated.is_some())) {
+        return old.clone();
+    }
+    let mut status = default_status(input, container, old);
+    let was_running = old.and_then(|o| o.state.as_ref()).is_some_and(|s| s.running.is_some());
+    let has_last = status.last_state.as_ref().is_some_and(|s| s.terminated.is_some());
+    if was_running && !has_last {
+        status.last_state = Some(unknown_end(LOST_RUNNING));
+        if input.pod.deletion_timestamp().is_none() {
+            status.restart_count += 1;
+        }
+    }
+    let created = input.runtime.is_some_and(|r| {
+        r.latest_sandbox().is_some_and(|sandbox| start_order::initialized(input.pod, r, sandbox))
+    });
+    if container.kind == ContainerKind::Init && created {
+        let ended = ContainerStateTerminated {
+            reason: Some("Completed".into()),
+            message: Some(INIT_LOST.into()),
+            exit_code: 0,
+            ..Default::default()
+        };
+        status.state = Some(ApiState { terminated: Some(ended), ..Default::default() });
+    }
+    status
+}
+
+fn unknown_end(message: &str) -> ApiState {
+    let ended = ContainerStateTerminated {
+        reason: Some("ContainerStatusUnknown".into()),
+        message: Some(message.into()),
+        exit_code: 137,
+        ..Default::default()
+    };
+    ApiState { terminated: Some(ended), ..Default::default() }
+}
+
+fn observed_status(
+    input: &StatusInput<'_>,
+    container: ContainerRef<'_>,
+    latest: &Container,
+    previous: Option<&Container>,
+    old: Option<&ContainerStatus>,
+) -> ContainerStatus {
+    let post_start = input.post_start.get(container.name()).is_some_and(|id| *id == latest.id);
+    let last_state = match previous {
+        Some(previous) => api_state(input, previous, None),
+        None => old.and_then(|o| o.last_state.clone()).unwrap_or_default(),
+    };
+    ContainerStatus {
+        name: container.name().to_owned(),
+        image: latest.image.clone(),
+        image_id: latest.image_ref.clone(),
+        container_id: Some(format!("{}://{}", input.runtime_name, latest.id)),
+        restart_count: i32::try_from(restart_count(latest)).unwrap_or(i32::MAX),
+        state: Some(if post_start { default_waiting(input) } else { api_state(input, latest, old) }),
+        last_state: Some(last_state),
+        volume_mounts: old.and_then(|o| o.volume_mounts.clone()).or_else(|| volume_mounts(container)),
+        resources: container.spec.resources.clone(),
+        allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
+        user: latest.user.as_ref().map(|(uid, gid, groups)| ContainerUser {
+            linux: Some(LinuxContainerUser { uid: *uid, gid: *gid, supplemental_groups: Some(groups.clone()) }),
+        }),
+        ..Default::default()
+    }
+}
+
+fn api_state(input: &StatusInput<'_>, container: &Container, old: Option<&ContainerStatus>) -> ApiState {
+    let id = format!("{}://{}", input.runtime_name, container.id);
+    match container.state {
+        ContainerState::Running => ApiState {
+            running: Some(ContainerStateRunning { started_at: time(container.started_at) }),
+            ..Default::default()
+        },
+        ContainerState::Created => waiting("", None),
+        ContainerState::Unknown => match old.and_then(|o| o.state.as_ref()).and_then(|s| s.running.as_ref()) {
+            Some(_) => unknown_end(LOST_AT_END),
+            None => waiting("", None),
+        },
+        ContainerState::Exited => {
+            let read = input.termination_messages.get(&container.id).filter(|m| !m.is_empty()).cloned();
+            // The file may be gone by now; what was published of this very container stays.
+            let published = || {
+                let ended = old.and_then(|o| o.state.as_ref()).and_then(|s| s.terminated.as_ref())?;
+                ended.message.clone().filter(|_| ended.container_id.as_deref() == Some(id.as_str()))
+            };
+            let runtime = || Some(container.message.clone()).filter(|m| !m.is_empty());
+            let ended = ContainerStateTerminated {
+                exit_code: container.exit_code,
+                reason: Some(container.reason.clone()).filter(|r| !r.is_empty()),
+                message: read.or_else(published).or_else(runtime),
+                started_at: time(container.started_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
+                finished_at: time(container.finished_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
+                container_id: Some(id.clone()),
+                signal: None,
+            };
+            ApiState { terminated: Some(ended), ..Default::default() }
+        }
+    }
+}
+
+/// A container that will be started again shows why it is not yet (contract P-33).
+fn apply_waiting(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &mut ContainerStatus) {
+    let Some(reason) = input.waiting.get(container.name()) else { return };
+    let state = status.state.get_or_insert_default();
+    if state.running.is_some() {
+        return;
+    }
+    if let Some(ended) = &state.terminated {
+        if !restarts_after(input.pod, container, ended.exit_code) {
+            return;
+        }
+        status.last_state = Some(std::mem::take(state));
+    }
+    status.state = Some(waiting(&reason.reason, Some(&reason.message)));
+}
+
+fn set_started_and_ready(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &mut ContainerStatus) {
+    let state = status.state.clone().unwrap_or_default();
+    let running = state.running.is_some();
+    let id = status.container_id.as_deref().and_then(|id| id.split_once("://")).map(|(_, id)| id);
+    let verdicts = input.verdicts.get(container.name()).filter(|v| Some(v.container_id.as_str()) == id);
+    let started = running && verdicts.is_none_or(|v| v.startup == Startup::Started);
+    status.started = Some(started);
+    status.ready = match container.kind {
+        ContainerKind::Init => state.terminated.is_some_and(|t| t.exit_code == 0),
+        _ => started && verdicts.is_none_or(|v| v.readiness == Readiness::Ready),
+    };
+}
+
+fn volume_mounts(container: ContainerRef<'_>) -> Option<Vec<VolumeMountStatus>> {
+    let list: Vec<VolumeMountStatus> = container
+        .spec
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|m| VolumeMountStatus {
+            name: m.name.clone(),
+            mount_path: m.mount_path.clone(),
+            read_only: m.read_only,
+            recursive_read_only: m.read_only.filter(|ro| *ro).map(|_| match m.recursive_read_only.as_deref() {
+                Some("Enabled") => "Enabled".to_owned(),
+                _ => "Disabled".to_owned(),
+            }),
+            volume_status: None,
+        })
+        .collect();
+    Some(list).filter(|l| !l.is_empty())
+}
+
+/// Nothing runs any more: containers that once ran and left no trace have ended too (contract P-34, P-40).
+pub(super) fn force_terminal(input: &StatusInput<'_>, status: &mut PodStatus) {
+    let evident = |s: &ContainerStatus| {
+        let state = s.state.clone().unwrap_or_default();
+        state.running.is_some()
+            || state.terminated.is_some()
+            || s.last_state.as_ref().is_some_and(|l| l.terminated.is_some())
+    };
+    let kinds: BTreeMap<&str, ContainerKind> = input.pod.init_containers().map(|c| (c.name(), c.kind)).collect();
+    let init_done = status.init_container_statuses.iter().flatten().all(|s| {
+        kinds.get(s.name.as_str()) == Some(&ContainerKind::Sidecar)
+            || s.state.as_ref().and_then(|s| s.terminated.as_ref()).is_some_and(|t| t.exit_code == 0)
+    });
+    let mains_evident = status.container_statuses.iter().flatten().any(evident);
+    let has_init = !kinds.is_empty();
+    if mains_evident || (has_init && init_done) || !has_init {
+        status.container_statuses.iter_mut().flatten().for_each(end_unless_ended);
+    }
+    let inits = status.init_container_statuses.iter_mut().flatten().collect::<Vec<_>>();
+    let last_evident = inits.iter().rposition(|s| evident(s)).map_or(0, |i| i + 1);
+    inits.into_iter().take(last_evident).for_each(end_unless_ended);
+}
+
+fn end_unless_ended(status: &mut ContainerStatus) {
+    if status.state.as_ref().is_none_or(|s| s.terminated.is_none()) {
+        status.state = Some(unknown_end(LOST_AT_END));
+        status.started = Some(false);
+        status.ready = false;
+    }
+}

@@ -1,0 +1,193 @@
+//! What each room is told: its part of the configuration, in its own types.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::{
+    api::ApiSettings,
+    cli,
+    config::{CloudProvider, Config, GoDuration},
+    containers::{ContainerPolicy, container_hash},
+    images::ImageSettings,
+    network::DnsSettings,
+    node::{HostPaths, Machine, MachineError, NodeFacts, NodeSettings, PodSlots, Reservations, Handshake},
+    pod_worker::{WorkerSettings, backoff::BackoffLimits, decide::Rules},
+    resources::{CgroupDriver, CgroupSettings},
+    server::ServerSettings,
+    volumes::VolumeSettings,
+};
+
+pub(super) const CONTAINER_LOGS_DIR: &str = "/var/log/containers";
+
+/// A configured duration; negative ones count as none.
+pub(super) fn duration(of: GoDuration) -> Duration {
+    of.std()
+}
+
+pub(super) fn pod_logs_dir(config: &Config) -> PathBuf {
+    PathBuf::from(&config.kubelet.pod_logs_dir)
+}
+
+/// How many pods may be in the runtime's expensive section at once.
+pub(super) fn gate_width() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).max(2)
+}
+
+pub(super) fn cgroup_driver(config: &Config) -> CgroupDriver {
+    match config.cgroup_driver() {
+        crate::config::CgroupDriver::Cgroupfs => CgroupDriver::Cgroupfs,
+        crate::config::CgroupDriver::Systemd => CgroupDriver::Systemd,
+    }
+}
+
+pub(super) fn api(config: &Config) -> ApiSettings {
+    let kubelet = &config.kubelet;
+    let lease = Duration::from_secs(kubelet.node_lease_duration_seconds.max(1) as u64);
+    ApiSettings {
+        qps: f64::from(kubelet.kube_api_qps),
+        burst: kubelet.kube_api_burst.max(0) as u32,
+        event_qps: f64::from(kubelet.event_record_qps),
+        event_burst: kubelet.event_burst.max(0) as u32,
+        user_agent: cli::user_agent(),
+        heartbeat_timeout: duration(kubelet.node_status_update_frequency).min(lease),
+    }
+}
+
+pub(super) fn cgroups(config: &Config, driver: CgroupDriver) -> Result<CgroupSettings, MachineError> {
+    let kubelet = &config.kubelet;
+    Ok(CgroupSettings {
+        mount: "/sys/fs/cgroup".into(),
+        root: kubelet.cgroup_root.clone(),
+        per_qos: kubelet.cgroups_per_qos,
+        driver,
+        pod_pids_limit: kubelet.pod_pids_limit,
+        cpu_cfs_quota: kubelet.cpu_cfs_quota,
+        cpu_cfs_period_micros: duration(kubelet.cpu_cfs_quota_period).as_micros() as u64,
+        hugepage_sizes: Machine::read(&HostPaths::default())?.huge_page_sizes(),
+    })
+}
+
+pub(super) fn volumes(config: &Config, node: watch::Receiver<Arc<NodeFacts>>) -> VolumeSettings {
+    VolumeSettings {
+        root_dir: config.root_directory().to_owned(),
+        node,
+        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+    }
+}
+
+pub(super) fn images(config: &Config) -> ImageSettings {
+    let kubelet = &config.kubelet;
+    ImageSettings {
+        root_dir: config.root_directory().to_owned(),
+        serialize_pulls: kubelet.serialize_image_pulls,
+        max_parallel_pulls: kubelet.max_parallel_image_pulls.and_then(|n| usize::try_from(n).ok()),
+        registry_qps: f64::from(kubelet.registry_pull_qps),
+        registry_burst: kubelet.registry_burst.max(0) as u32,
+        home: std::env::var_os("HOME").map(PathBuf::from),
+    }
+}
+
+pub(super) fn workers(config: &Config, handshake: &Handshake, process_started: Timestamp) -> WorkerSettings {
+    let kubelet = &config.kubelet;
+    let cap = kubelet.crash_loop_backoff.max_container_restart_period.map(duration);
+    let limits = BackoffLimits::default();
+    WorkerSettings {
+        rules: Rules {
+            backoff: BackoffLimits { cap: cap.unwrap_or(limits.cap), ..limits },
+            hash: |container| format!("{:x}", container_hash(container)),
+        },
+        root_dir: config.root_directory().to_owned(),
+        pod_logs_dir: pod_logs_dir(config),
+        container_logs_dir: CONTAINER_LOGS_DIR.into(),
+        dns: dns(config),
+        container_policy: ContainerPolicy {
+            seccomp_default: config.seccomp_default(),
+            single_process_oom_kill: kubelet.single_process_oom_kill.unwrap_or(false),
+            ..ContainerPolicy::default()
+        },
+        cpu_cfs_quota: kubelet.cpu_cfs_quota,
+        cpu_cfs_period: duration(kubelet.cpu_cfs_quota_period),
+        runtime_name: handshake.runtime_name.clone(),
+        process_started,
+    }
+}
+
+fn dns(config: &Config) -> DnsSettings {
+    let kubelet = &config.kubelet;
+    DnsSettings {
+        cluster_dns: kubelet.cluster_dns.iter().filter_map(|ip| ip.parse().ok()).collect(),
+        cluster_domain: kubelet.cluster_domain.clone(),
+        resolv_conf: Some(PathBuf::from(&kubelet.resolv_conf)).filter(|p| !p.as_os_str().is_empty()),
+    }
+}
+
+pub(super) fn node(config: &Config) -> NodeSettings {
+    let kubelet = &config.kubelet;
+    NodeSettings {
+        node_name: config.node_name.clone(),
+        hostname: config.node_name.clone(),
+        node_ips: config.node_ips.clone(),
+        external_cloud: config.flags.cloud_provider == CloudProvider::External,
+        register_node: kubelet.register_node,
+        node_labels: config.flags.node_labels.clone(),
+        taints: kubelet.register_with_taints.clone(),
+        provider_id: kubelet.provider_id.clone(),
+        controller_attach_detach: kubelet.enable_controller_attach_detach,
+        pod_slots: PodSlots { max_pods: kubelet.max_pods.into(), pods_per_core: kubelet.pods_per_core.into() },
+        reservations: Reservations {
+            system_reserved: config.system_reserved.clone(),
+            kube_reserved: config.kube_reserved.clone(),
+            eviction: config.eviction_thresholds.clone(),
+        },
+        enforce_pods: kubelet.enforce_node_allocatable.iter().any(|e| e == "pods"),
+        pressure_transition: duration(kubelet.eviction_pressure_transition_period),
+        local_storage_isolation: kubelet.local_storage_capacity_isolation,
+        kubelet_port: kubelet.port,
+        update_frequency: duration(kubelet.node_status_update_frequency),
+        report_frequency: duration(kubelet.node_status_report_frequency),
+        max_images: kubelet.node_status_max_images,
+        kubelet_version: cli::kubelet_version(),
+        declared_features: Vec::new(),
+        root_dir: config.root_directory().to_owned(),
+        lease_seconds: kubelet.node_lease_duration_seconds,
+        host: HostPaths::default(),
+    }
+}
+
+/// 10250.
+pub(super) fn server(config: &Config, node_ips: &[IpAddr]) -> ServerSettings {
+    let kubelet = &config.kubelet;
+    let (cert, key) = (path(&kubelet.tls_cert_file), path(&kubelet.tls_private_key_file));
+    ServerSettings {
+        listen: socket(&kubelet.address, kubelet.port),
+        tls_files: cert.zip(key),
+        cert_dir: config.flags.cert_directory.clone(),
+        hostname: config.node_name.clone(),
+        node_ips: node_ips.to_vec(),
+        client_ca_file: path(&kubelet.authentication.x509.client_ca_file),
+        anonymous: kubelet.authentication.anonymous.enabled,
+    }
+}
+
+/// 10248; `None` when it is turned off.
+pub(super) fn healthz(config: &Config) -> Option<SocketAddr> {
+    let kubelet = &config.kubelet;
+    (kubelet.healthz_port > 0).then(|| socket(&kubelet.healthz_bind_address, kubelet.healthz_port))
+}
+
+/// Both parts are validated with the configuration.
+fn socket(address: &str, port: i32) -> SocketAddr {
+    let ip = address.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    SocketAddr::new(ip, u16::try_from(port).unwrap_or_default())
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(text)).filter(|p| !p.as_os_str().is_empty())
+}

@@ -6,13 +6,14 @@ use tokio::{signal::unix, sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    config::CgroupDriver,
     cri::{RuntimeService, RuntimeStore},
     node::{self, Handshake},
     pod_status::ApiPublisher,
     pod_worker::PodWorkers,
     pods::PodStore,
     probes::NodeProbes,
-    resources::{CgroupDriver, PodCgroups},
+    resources::PodCgroups,
     server::{ServerError, ServerParts},
     telemetry::Metrics,
     time::Clock,
@@ -53,7 +54,7 @@ pub(super) async fn shake_hands(
         match answer {
             Ok(handshake) => {
                 let (name, version) = (&handshake.runtime_name, &handshake.runtime_version);
-                tracing::info!(name, version, cgroup_driver = %handshake.cgroup_driver, "Container runtime");
+                tracing::info!(name, version, cgroup_driver = ?handshake.cgroup_driver, "Container runtime");
                 return Some(handshake);
             }
             Err(error) => tracing::error!(%error, "Container runtime does not answer; trying again"),

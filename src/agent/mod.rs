@@ -40,7 +40,7 @@ pub enum AgentError {
     #[error("failed to construct kubelet dependencies: {0}")]
     Api(#[from] ApiSetupError),
     #[error(transparent)]
-    Host(#[from] node::host::HostError),
+    Host(#[from] node::host::SwapError),
     #[error(transparent)]
     Tunables(#[from] tunables::TunablesError),
     #[error("failed to prepare the root directory: {0}")]
@@ -137,7 +137,7 @@ impl Agent {
         let workers = PodWorkers::new();
         let wakes: Arc<dyn WakeSink> = Arc::new(WorkerWakes(Arc::clone(&workers)));
         let side = runtime_side(&config, &metrics, &wakes, &clock)?;
-        let Some(handshake) = lifecycle::shake_hands(side.runtime.as_ref(), settings::cgroup_driver(&config), &cancel).await
+        let Some(handshake) = lifecycle::shake_hands(side.runtime.as_ref(), config.cgroup_driver(), &cancel).await
         else {
             return Ok(None);
         };

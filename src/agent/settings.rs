@@ -13,13 +13,13 @@ use tokio::sync::watch;
 use crate::{
     api::ApiSettings,
     cli,
-    config::{CloudProvider, Config, GoDuration},
+    config::{CgroupDriver, Config, GoDuration, HostFacts},
     containers::{ContainerPolicy, container_hash},
     images::ImageSettings,
     network::DnsSettings,
-    node::{HostPaths, Machine, MachineError, NodeFacts, NodeSettings, PodSlots, Reservations, Handshake},
+    node::{Handshake, HostPaths, Machine, MachineError, NodeFacts, NodeSettings},
     pod_worker::{WorkerSettings, backoff::BackoffLimits, decide::Rules},
-    resources::{CgroupDriver, CgroupSettings},
+    resources::CgroupSettings,
     server::ServerSettings,
     volumes::VolumeSettings,
 };
@@ -40,13 +40,6 @@ pub(super) fn gate_width() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from).max(2)
 }
 
-pub(super) fn cgroup_driver(config: &Config) -> CgroupDriver {
-    match config.cgroup_driver() {
-        crate::config::CgroupDriver::Cgroupfs => CgroupDriver::Cgroupfs,
-        crate::config::CgroupDriver::Systemd => CgroupDriver::Systemd,
-    }
-}
-
 pub(super) fn api(config: &Config) -> ApiSettings {
     let kubelet = &config.kubelet;
     let lease = Duration::from_secs(kubelet.node_lease_duration_seconds.max(1) as u64);
@@ -61,17 +54,8 @@ pub(super) fn api(config: &Config) -> ApiSettings {
 }
 
 pub(super) fn cgroups(config: &Config, driver: CgroupDriver) -> Result<CgroupSettings, MachineError> {
-    let kubelet = &config.kubelet;
-    Ok(CgroupSettings {
-        mount: "/sys/fs/cgroup".into(),
-        root: kubelet.cgroup_root.clone(),
-        per_qos: kubelet.cgroups_per_qos,
-        driver,
-        pod_pids_limit: kubelet.pod_pids_limit,
-        cpu_cfs_quota: kubelet.cpu_cfs_quota,
-        cpu_cfs_period_micros: duration(kubelet.cpu_cfs_quota_period).as_micros() as u64,
-        hugepage_sizes: Machine::read(&HostPaths::default())?.huge_page_sizes(),
-    })
+    let page_sizes = Machine::read(&HostPaths::default())?.huge_page_sizes();
+    Ok(CgroupSettings::from_config(config, driver, Path::new("/sys/fs/cgroup"), page_sizes))
 }
 
 pub(super) fn volumes(config: &Config, node: watch::Receiver<Arc<NodeFacts>>) -> VolumeSettings {
@@ -129,36 +113,8 @@ fn dns(config: &Config) -> DnsSettings {
 }
 
 pub(super) fn node(config: &Config) -> NodeSettings {
-    let kubelet = &config.kubelet;
-    NodeSettings {
-        node_name: config.node_name.clone(),
-        hostname: config.node_name.clone(),
-        node_ips: config.node_ips.clone(),
-        external_cloud: config.flags.cloud_provider == CloudProvider::External,
-        register_node: kubelet.register_node,
-        node_labels: config.flags.node_labels.clone(),
-        taints: kubelet.register_with_taints.clone(),
-        provider_id: kubelet.provider_id.clone(),
-        controller_attach_detach: kubelet.enable_controller_attach_detach,
-        pod_slots: PodSlots { max_pods: kubelet.max_pods.into(), pods_per_core: kubelet.pods_per_core.into() },
-        reservations: Reservations {
-            system_reserved: config.system_reserved.clone(),
-            kube_reserved: config.kube_reserved.clone(),
-            eviction: config.eviction_thresholds.clone(),
-        },
-        enforce_pods: kubelet.enforce_node_allocatable.iter().any(|e| e == "pods"),
-        pressure_transition: duration(kubelet.eviction_pressure_transition_period),
-        local_storage_isolation: kubelet.local_storage_capacity_isolation,
-        kubelet_port: kubelet.port,
-        update_frequency: duration(kubelet.node_status_update_frequency),
-        report_frequency: duration(kubelet.node_status_report_frequency),
-        max_images: kubelet.node_status_max_images,
-        kubelet_version: cli::kubelet_version(),
-        declared_features: Vec::new(),
-        root_dir: config.root_directory().to_owned(),
-        lease_seconds: kubelet.node_lease_duration_seconds,
-        host: HostPaths::default(),
-    }
+    // Nothing is declared that does not work yet (contract N-13).
+    NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), Vec::new())
 }
 
 /// 10250.

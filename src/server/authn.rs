@@ -70,8 +70,9 @@ impl Authn {
             tracing::debug!(%error, "client certificate refused");
             return None;
         }
+        // Of several common names Go takes the last.
         let (_, parsed) = x509_parser::parse_x509_certificate(leaf).ok()?;
-        let name = parsed.subject().iter_common_name().next()?.as_str().ok()?.to_owned();
+        let name = parsed.subject().iter_common_name().last()?.as_str().ok()?.to_owned();
         (!name.is_empty()).then_some(User { name, certified: true })
     }
 }

@@ -2,17 +2,19 @@
 //!
 //! SPDY and WebSocket are the runtime's business: nothing here understands them.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{HeaderMap, Method, Request, Response, StatusCode, Uri, header, upgrade::OnUpgrade};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode, Uri, header, header::HeaderValue, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{net::TcpStream, time::timeout};
 use tonic::Code;
 
 use super::{
     Call, ServerParts,
+    connection::Peer,
+    relay::relay,
     reply::{self, Reply},
     routes,
 };
@@ -23,6 +25,9 @@ use crate::{
 
 /// Of a refusal's body, which is a sentence.
 const REFUSAL_LIMIT: usize = 64 * 1024;
+const DIAL: Duration = Duration::from_secs(10);
+/// Upstream's seconds: for so long a runtime keeps a streaming URL that nobody comes for.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("60");
 
 pub(super) async fn exec(parts: &ServerParts, mut call: Call) -> Reply {
     let (namespace, name, uid, container) = match call.arguments.as_slice() {
@@ -113,7 +118,11 @@ fn cri_error(error: &CriError) -> Reply {
         Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
-    reply::text(status, &error.message)
+    let mut reply = reply::text(status, &error.to_string());
+    if status == StatusCode::TOO_MANY_REQUESTS {
+        reply.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+    }
+    reply
 }
 
 /// Sends the upgrade on to `url` and joins both connections.
@@ -121,7 +130,7 @@ pub(super) async fn proxy(url: &str, call: &mut Call) -> Reply {
     if !wants_upgrade(call.request.headers()) {
         return error("Upgrade request required\n");
     }
-    let answered = match forward(url, &call.request, call.peer).await {
+    let answered = match forward(url, &call.request, call.peer.address).await {
         Ok(answered) => answered,
         Err(message) => return error(&format!("{message}\n")),
     };
@@ -131,7 +140,7 @@ pub(super) async fn proxy(url: &str, call: &mut Call) -> Reply {
         *reply.status_mut() = status;
         *reply.headers_mut() = answered.headers().clone();
         let (ours, theirs) = (hyper::upgrade::on(&mut call.request), hyper::upgrade::on(answered));
-        tokio::spawn(join(ours, theirs));
+        tokio::spawn(join(ours, theirs, call.peer.clone()));
         return reply;
     }
     if status.as_u16() < 400 {
@@ -163,7 +172,8 @@ async fn forward<B>(
         return Err(format!("streaming URL of the runtime: unsupported scheme {:?}", uri.scheme_str().unwrap_or("")));
     }
     let host = uri.host().ok_or("streaming URL of the runtime: no host")?.trim_matches(['[', ']']);
-    let dialled = TcpStream::connect((host, uri.port_u16().unwrap_or(80))).await;
+    let dialled = timeout(DIAL, TcpStream::connect((host, uri.port_u16().unwrap_or(80)))).await;
+    let dialled = dialled.map_err(|_| "error dialing backend: i/o timeout".to_owned())?;
     let stream = dialled.map_err(|e| format!("error dialing backend: {e}"))?;
     // Keystrokes are small.
     let _ = stream.set_nodelay(true);
@@ -189,28 +199,21 @@ fn forwarded(
     let mut request = Request::builder().method(method).uri(target).body(Empty::new())?;
     *request.headers_mut() = headers.clone();
     let before = headers.get_all(FORWARDED_FOR).into_iter().filter_map(|v| v.to_str().ok());
-    let chain: Vec<String> = before.map(str::to_owned).chain([peer.ip().to_string()]).collect();
+    let chain: Vec<String> = before.map(str::to_owned).chain([peer.ip().to_canonical().to_string()]).collect();
     request.headers_mut().insert(FORWARDED_FOR, chain.join(", ").parse()?);
     Ok(request)
 }
 
-/// Copies both ways until either side ends, then closes both.
-async fn join(ours: OnUpgrade, theirs: OnUpgrade) {
-    let (ours, theirs) = match tokio::try_join!(ours, theirs) {
-        Ok(both) => both,
-        Err(error) => return tracing::debug!(%error, "upgrade failed"),
+/// The session: it counts as a connection for as long as it lasts, and ends with the server.
+async fn join(ours: OnUpgrade, theirs: OnUpgrade, peer: Peer) {
+    let both = tokio::select! {
+        () = peer.stopping.cancelled() => return,
+        both = async { tokio::try_join!(ours, theirs) } => both,
     };
-    let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(ours));
-    let (mut from_runtime, mut to_runtime) = tokio::io::split(TokioIo::new(theirs));
-    let ended = tokio::select! {
-        up = tokio::io::copy(&mut from_client, &mut to_runtime) => up,
-        down = tokio::io::copy(&mut from_runtime, &mut to_client) => down,
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "stream ended");
+    match both {
+        Ok((ours, theirs)) => relay(TokioIo::new(ours), TokioIo::new(theirs), &peer.stopping).await,
+        Err(error) => tracing::debug!(%error, "upgrade failed"),
     }
-    // Whoever is gone already needs no goodbye.
-    let _ = tokio::join!(to_client.shutdown(), to_runtime.shutdown());
 }
 
 #[cfg(test)]

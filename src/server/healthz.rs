@@ -1,6 +1,6 @@
 //! `/healthz`: a bare ping on 10248, the deeper checks on 10250 (contract E-02, E-03).
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use hyper::StatusCode;
 use tokio::net::TcpListener;
@@ -29,7 +29,7 @@ pub async fn serve_healthz(address: SocketAddr, cancel: CancellationToken) {
             () = tokio::time::sleep(REBIND) => {}
         }
     };
-    let answer = |request: hyper::Request<hyper::body::Incoming>| async move {
+    let answer = |request: hyper::Request<hyper::body::Incoming>, _| async move {
         let ping = [("ping", Ok(()))];
         match request.uri().path() {
             "/healthz" => all(&ping, &routes::query(request.uri())),
@@ -37,7 +37,7 @@ pub async fn serve_healthz(address: SocketAddr, cancel: CancellationToken) {
             _ => reply::not_found(),
         }
     };
-    connection::accept(listener, cancel, |stream, _| connection::speak(stream, answer)).await;
+    connection::accept(listener, cancel, move |stream, peer| connection::speak(stream, peer, answer)).await;
 }
 
 /// 10250's `/healthz` and `/healthz/{check}`.
@@ -61,12 +61,16 @@ fn one(checks: &[Check], name: &str) -> Reply {
     reply
 }
 
+fn excluded(query: &[(String, String)]) -> impl Iterator<Item = &str> {
+    query.iter().filter(|(k, _)| k == "exclude").map(|(_, v)| v.as_str())
+}
+
 /// `ok`, or with `?verbose` or a failure the list of checks. `?exclude=name` leaves a check out.
 fn all(checks: &[Check], query: &[(String, String)]) -> Reply {
     let mut listing = String::new();
     let mut healthy = true;
     for (name, result) in checks {
-        let excluded = query.iter().any(|(k, v)| k == "exclude" && v == name);
+        let excluded = excluded(query).any(|excluded| excluded == *name);
         let line = match result {
             _ if excluded => format!("[+]{name} excluded: ok\n"),
             Ok(()) => format!("[+]{name} ok\n"),
@@ -76,6 +80,12 @@ fn all(checks: &[Check], query: &[(String, String)]) -> Reply {
             }
         };
         listing.push_str(&line);
+    }
+    let unknown: BTreeSet<&str> = excluded(query).filter(|name| !checks.iter().any(|(n, _)| n == name)).collect();
+    if !unknown.is_empty() {
+        let quoted: Vec<String> = unknown.into_iter().map(|name| format!("{name:?}")).collect();
+        let names = quoted.join(",");
+        listing += &format!("warn: some health checks cannot be excluded: no matches for {names}\n");
     }
     let verbose = query.iter().any(|(k, _)| k == "verbose");
     let mut reply = match (healthy, verbose) {

@@ -1,6 +1,6 @@
 //! `GET /containerLogs/{namespace}/{pod}/{container}` (contract E-06).
 
-use std::{convert::Infallible, path::PathBuf};
+use std::{convert::Infallible, path::Path};
 
 use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture};
@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
@@ -38,7 +39,7 @@ pub(super) async fn container_logs(parts: &ServerParts, call: Call) -> Reply {
     }
     let status = (parts.status)(pod.uid()).unwrap_or_else(|| pod.api_status().clone());
     match container_with_logs(&status, container, name, asked.previous) {
-        Ok(container_id) => stream(parts, container_id, asked.options),
+        Ok(container_id) => stream(parts, container_id, asked.options, call.peer.stopping),
         Err(message) => reply::text(StatusCode::BAD_REQUEST, &message),
     }
 }
@@ -76,8 +77,14 @@ impl Asked {
         };
         let out_of_range =
             tail.is_some_and(|n| n < 0) || limit.is_some_and(|n| n < 1) || since_seconds.is_some_and(|n| n < 1);
-        // Choosing a stream is an alpha feature, off by default: then the parameter is forbidden.
-        if out_of_range || (since_seconds.is_some() && since_time.is_some()) || get("stream").is_some() {
+        let stream = match get("stream").unwrap_or("All") {
+            "All" => StreamChoice::All,
+            "Stdout" => StreamChoice::Stdout,
+            "Stderr" => StreamChoice::Stderr,
+            _ => return Err(INVALID),
+        };
+        let tail_of_one_stream = tail.is_some() && stream != StreamChoice::All;
+        if out_of_range || (since_seconds.is_some() && since_time.is_some()) || tail_of_one_stream {
             return Err(INVALID);
         }
         let since = since_seconds.map(|s| now.saturating_sub(SignedDuration::from_secs(s)).unwrap_or(Timestamp::MIN));
@@ -87,7 +94,7 @@ impl Asked {
             limit_bytes: limit.and_then(|n| u64::try_from(n).ok()),
             since: since.or(since_time),
             timestamps: flag("timestamps"),
-            stream: StreamChoice::All,
+            stream,
         };
         Ok(Self { options, previous: flag("previous") })
     }
@@ -131,7 +138,7 @@ fn container_with_logs(status: &PodStatus, container: &str, pod: &str, previous:
 }
 
 /// Begins the response at once, as upstream does: a follower of a silent container sees it, and a later error stands in the text.
-fn stream(parts: &ServerParts, container_id: String, options: LogOptions) -> Reply {
+fn stream(parts: &ServerParts, container_id: String, options: LogOptions, stopping: CancellationToken) -> Reply {
     let (out, pieces) = mpsc::channel::<Bytes>(4);
     let runtime = parts.runtime.clone();
     tokio::spawn(async move {
@@ -150,7 +157,10 @@ fn stream(parts: &ServerParts, container_id: String, options: LogOptions) -> Rep
         let failed = if log_path.is_empty() {
             Some(format!("unable to retrieve container logs for {container_id}"))
         } else {
-            read_logs(&PathBuf::from(log_path), options, &out, &running).await.err().map(|e| e.to_string())
+            tokio::select! {
+                () = stopping.cancelled() => None,
+                read = read_logs(Path::new(&log_path), options, &out, &running) => read.err().map(|e| e.to_string()),
+            }
         };
         if let Some(message) = failed {
             // Nobody listening is no error.
@@ -252,6 +262,8 @@ mod tests {
         );
         assert_eq!(ask("tail=all&tailLines=3").unwrap().options, LogOptions::default());
         assert_eq!(ask("sinceTime=1970-01-01T00:00:05Z").unwrap().options.since, Timestamp::from_second(5).ok());
+        assert_eq!(ask("stream=All&tailLines=1").unwrap().options.stream, StreamChoice::All);
+        assert_eq!(ask("stream=Stderr").unwrap().options.stream, StreamChoice::Stderr);
         for undecodable in ["tailLines=x", "sinceTime=yesterday"] {
             assert_eq!(ask(undecodable), Err(UNDECODABLE), "{undecodable}");
         }
@@ -260,7 +272,8 @@ mod tests {
             "limitBytes=0",
             "sinceSeconds=0",
             "sinceSeconds=1&sinceTime=1970-01-01T00:00:05Z",
-            "stream=All",
+            "stream=Both",
+            "stream=Stderr&tailLines=1",
         ] {
             assert_eq!(ask(invalid), Err(INVALID), "{invalid}");
         }

@@ -10,6 +10,7 @@ mod exec;
 mod healthz;
 mod logs;
 mod pods;
+mod relay;
 mod reply;
 mod routes;
 mod self_signed;
@@ -69,6 +70,8 @@ pub struct ServerParts {
     pub metrics: MetricsText,
     pub probe_metrics: MetricsText,
     pub sync_loop: SyncLoopHealth,
+    /// The whole object of `/configz`.
+    pub configz: serde_json::Value,
 }
 
 /// Why 10250 cannot be served.
@@ -82,7 +85,7 @@ pub enum ServerError {
     ClientCa { path: PathBuf, message: String },
 }
 
-/// Binds 10250, then serves until `cancel`. Open requests are given up; what was upgraded runs on in tasks of its own.
+/// Binds 10250, then serves until `cancel`. Answers under way have a second to end; followed logs and exec sessions end at once.
 pub async fn serve(settings: ServerSettings, parts: ServerParts, cancel: CancellationToken) -> Result<(), ServerError> {
     let authn = Arc::new(authn::Authn::new(settings.client_ca_file.clone(), settings.anonymous)?);
     let keys = Arc::new(tls::ServingKeys::load(&settings, parts.clock.now().wall)?);
@@ -106,7 +109,7 @@ pub(crate) struct Call {
     pub request: hyper::Request<Incoming>,
     /// Path segments after the endpoint's own name, decoded.
     pub arguments: Vec<String>,
-    pub peer: SocketAddr,
+    pub peer: connection::Peer,
 }
 
 impl Doors {
@@ -114,7 +117,7 @@ impl Doors {
     pub async fn answer(
         &self,
         mut request: hyper::Request<Incoming>,
-        peer: SocketAddr,
+        peer: connection::Peer,
         certificates: &[rustls::pki_types::CertificateDer<'static>],
     ) -> reply::Reply {
         let path = request.uri().path().to_owned();
@@ -140,6 +143,9 @@ impl Doors {
             Kind::Healthz => healthz::node(&self.parts, &call),
             Kind::Metrics => reply::metrics((self.parts.metrics)()),
             Kind::ProbeMetrics => reply::metrics((self.parts.probe_metrics)()),
+            Kind::Configz => {
+                reply::with_type(hyper::StatusCode::OK, "application/json", self.parts.configz.to_string())
+            }
             Kind::Pods => pods::list(&self.parts.pods.list(), &self.parts.status),
             Kind::ContainerLogs => logs::container_logs(&self.parts, call).await,
             Kind::Exec => exec::exec(&self.parts, call).await,

@@ -1,7 +1,7 @@
 //! The serving certificate of a node that was given none: `pki/kubelet.crt` and `pki/kubelet.key` (contract C-04, C-10).
 //!
 //! A leaf `<hostname>@<unix time>` signed by a throw-away authority `<hostname>-ca@<unix time>`; the file holds both. An existing
-//! pair is used as it is.
+//! pair is used as it is, unless it has expired or its halves do not belong together.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -16,10 +16,11 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
 };
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 
-use super::tls::TlsError;
+use super::tls::{TlsError, server_config};
 
-/// Returns the paths of certificate and key, making both when either cannot be read.
+/// Returns the paths of certificate and key, making both when what is there cannot be used.
 pub(super) fn ensure(
     directory: &Path,
     hostname: &str,
@@ -27,7 +28,7 @@ pub(super) fn ensure(
     wall: Timestamp,
 ) -> Result<(PathBuf, PathBuf), TlsError> {
     let (cert, key) = (directory.join("kubelet.crt"), directory.join("kubelet.key"));
-    if fs::File::open(&cert).is_ok() && fs::File::open(&key).is_ok() {
+    if usable(&cert, &key, wall) {
         return Ok((cert, key));
     }
     let failed = |path: &Path, message: String| TlsError::SelfSigned { path: path.to_owned(), message };
@@ -38,6 +39,17 @@ pub(super) fn ensure(
     write(&cert, &made.certificates, 0o644).map_err(|e| failed(&cert, e.to_string()))?;
     tracing::info!(cert = %cert.display(), "made a self-signed serving certificate");
     Ok((cert, key))
+}
+
+fn usable(cert: &Path, key: &Path, wall: Timestamp) -> bool {
+    let leaf = CertificateDer::from_pem_file(cert).ok();
+    let valid = leaf.is_some_and(|leaf| {
+        x509_parser::parse_x509_certificate(&leaf).is_ok_and(|(_, parsed)| {
+            let validity = parsed.validity();
+            (validity.not_before.timestamp()..=validity.not_after.timestamp()).contains(&wall.as_second())
+        })
+    });
+    valid && server_config(cert, key).is_ok()
 }
 
 struct Made {

@@ -26,7 +26,7 @@ use super::*;
 use crate::{
     cri::{
         RuntimeService,
-        fake::{FakeRuntime, ImageScript},
+        fake::{FakeRuntime, Fault, ImageScript},
         v1,
     },
     pods::{Pod, PodSource},
@@ -91,6 +91,7 @@ fn parts(fake: &FakeRuntime, healthy: &Arc<AtomicBool>, status: corev1::PodStatu
         status: Arc::new(move |_| Some(status.clone())),
         metrics: Arc::new(|| "m 1\n".to_owned()),
         probe_metrics: Arc::new(|| "p 1\n".to_owned()),
+        configz: serde_json::json!({ "kubeletconfig": { "kind": "KubeletConfiguration" } }),
         sync_loop: Arc::new(move || if healthy.load(Ordering::SeqCst) { Ok(()) } else { Err("stuck".to_owned()) }),
     }
 }
@@ -185,6 +186,12 @@ async fn e01_every_route_is_closed_to_all_but_the_apiserver() {
             let want = format!("Forbidden (user={name}, verb=get, resource=nodes, subresource(s)=[{subresources}])\n");
             assert_eq!((status, body), (StatusCode::FORBIDDEN, want), "{path}");
         }
+        for method in route.methods {
+            let admin = house.ca.client("kubernetes-admin", "system:masters");
+            let (status, body) = house.ask(admin, method.clone(), &path).await;
+            let verb = format!("verb={}, ", routes::verb(method));
+            assert!(status == StatusCode::FORBIDDEN && body.contains(&verb), "{method} {path}: {body}");
+        }
         let (status, _) = house.ask(house.apiserver(), Method::GET, &path).await;
         assert!(status != StatusCode::UNAUTHORIZED && status != StatusCode::FORBIDDEN, "{path}: {status}");
     }
@@ -194,12 +201,50 @@ async fn e01_every_route_is_closed_to_all_but_the_apiserver() {
     assert_eq!(house.ask(house.apiserver(), Method::POST, "/pods").await.0.as_u16(), 405);
 }
 
+#[test]
+fn c06_a_credential_is_good_unknown_or_bad() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca.crt");
+    let (ca, next) = (Ca::new(), Ca::new());
+    fs::write(&path, &ca.1).unwrap();
+    let now = SystemClock.now().wall;
+    let closed = authn::Authn::new(Some(path.clone()), false).unwrap();
+    let open = authn::Authn::new(Some(path.clone()), true).unwrap();
+    let ask = |authn: &authn::Authn, of: Option<&Ca>, bearer: bool, at: jiff::Timestamp| {
+        let mut request = Request::new(());
+        if bearer {
+            request.headers_mut().insert(header::AUTHORIZATION, header::HeaderValue::from_static("Bearer x"));
+        }
+        let shown: Vec<_> = of.and_then(|ca| ca.client("someone", "g")).into_iter().map(|(cert, _)| cert).collect();
+        let user = authn.authenticate(&mut request, &shown, at);
+        assert!(request.headers().is_empty(), "a credential goes no further");
+        user.map(|user| user.name)
+    };
+    let (someone, anonymous) = (Some("someone".to_owned()), Some("system:anonymous".to_owned()));
+    let centuries_later = jiff::Timestamp::from_second(80_000_000_000).unwrap();
+    assert_eq!(ask(&closed, Some(&ca), false, now), someone);
+    assert_eq!(ask(&closed, Some(&ca), true, now), someone);
+    assert_eq!(ask(&closed, Some(&ca), false, centuries_later), None, "expired");
+    assert_eq!((ask(&closed, None, false, now), ask(&open, None, false, now)), (None, anonymous));
+    assert_eq!((ask(&open, None, true, now), ask(&open, Some(&next), false, now)), (None, None));
+
+    fs::write(&path, &next.1).unwrap();
+    assert_eq!((ask(&closed, Some(&next), false, now), ask(&closed, Some(&ca), false, now)), (someone, None));
+    fs::write(&path, "").unwrap();
+    assert!(ask(&closed, Some(&next), false, now).is_some(), "C-05: a broken bundle is not taken");
+    let missing = authn::Authn::new(Some("/nonexistent/ca.crt".into()), false).err().unwrap().to_string();
+    assert!(missing.starts_with("unable to load client CA file \"/nonexistent/ca.crt\": "), "{missing}");
+}
+
 #[tokio::test]
 async fn e02_healthz_lists_what_fails() {
     let house = house().await;
     assert_eq!(house.get("/healthz").await, (200, "ok".into()));
     let verbose = "[+]ping ok\n[+]log ok\n[+]syncloop ok\nhealthz check passed\n";
     assert_eq!(house.get("/healthz?verbose").await, (200, verbose.into()));
+    let verbose = "[+]ping ok\n[+]log excluded: ok\n[+]syncloop ok\n\
+                   warn: some health checks cannot be excluded: no matches for \"nope\"\nhealthz check passed\n";
+    assert_eq!(house.get("/healthz?verbose&exclude=log&exclude=nope").await, (200, verbose.into()));
     house.healthy.store(false, Ordering::SeqCst);
     let failing = "[+]ping ok\n[+]log ok\n[-]syncloop failed: reason withheld\nhealthz check failed\n";
     assert_eq!(house.get("/healthz").await, (500, failing.into()));
@@ -227,10 +272,12 @@ async fn e03_healthz_on_10248_is_a_bare_ping() {
 }
 
 #[tokio::test]
-async fn e04_e12_pods_and_metrics() {
+async fn e04_e12_e17_pods_metrics_and_configz() {
     let house = house().await;
     assert_eq!(house.get("/metrics").await, (200, "m 1\n".into()));
     assert_eq!(house.get("/metrics/probes").await, (200, "p 1\n".into()));
+    let configz = r#"{"kubeletconfig":{"kind":"KubeletConfiguration"}}"#;
+    assert_eq!(house.get("/configz").await, (200, configz.into()));
     let (status, body) = house.get("/pods").await;
     let list: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((status, &list["kind"], &list["apiVersion"]), (200, &"PodList".into(), &"v1".into()));
@@ -275,6 +322,14 @@ fn c04_self_signed_pair_is_kept_and_private() {
     let before = fs::read(&cert).unwrap();
     self_signed::ensure(&pki, "other", &[], at).unwrap();
     assert_eq!(fs::read(&cert).unwrap(), before);
+
+    let later = at + std::time::Duration::from_secs(366 * 86_400);
+    self_signed::ensure(&pki, "node-1", &ips, later).unwrap();
+    let renewed = fs::read(&cert).unwrap();
+    assert_ne!(renewed, before, "an expired pair is made anew");
+    fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
+    self_signed::ensure(&pki, "node-1", &ips, later).unwrap();
+    assert_ne!(fs::read(&cert).unwrap(), renewed, "so is one whose halves do not belong together");
 
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&before).map(Result::unwrap).collect();
     let (_, leaf) = x509_parser::parse_x509_certificate(&chain[0]).unwrap();
@@ -377,6 +432,9 @@ async fn e07_exec_refusals() {
     container_of(&house.fake, logs.path()).await;
     assert_eq!(house.get(path).await, (500, "Upgrade request required\n".into()));
     assert_eq!(house.get("/exec/ns/p/other-uid/c?output=1").await, (500, "container not found (\"c\")".into()));
+    let busy = Fault::Error { code: tonic::Code::ResourceExhausted, message: "too many".into() };
+    house.fake.inject("Exec", 1, busy);
+    assert_eq!(house.get(path).await, (429, "rpc error: code = ResourceExhausted desc = too many".into()));
 }
 
 /// A runtime's streaming server: upgrades, then echoes.
@@ -407,7 +465,7 @@ async fn e07_upgrade_passes_bytes_both_ways() {
     let url = format!("http://{streaming}/exec/token");
     tokio::spawn(connection::accept(listener, cancel.clone(), move |stream, peer| {
         let url = url.clone();
-        connection::speak(stream, move |request| {
+        connection::speak(stream, peer, move |request, peer| {
             let url = url.clone();
             async move { exec::proxy(&url, &mut Call { request, arguments: vec![], peer }).await }
         })
@@ -436,4 +494,83 @@ async fn e07_upgrade_passes_bytes_both_ways() {
     assert!(head.starts_with("post /exec/token http/1.1\r\n"), "{head}");
     assert!(head.contains("\r\nhost: node\r\n") && head.contains("\r\nx-forwarded-for: 127.0.0.1\r\n"), "{head}");
     cancel.cancel();
+}
+
+/// Asks for a session over TLS; returns the stream behind the 101.
+async fn exec_session(house: &House) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let mut client = house.connect(house.apiserver(), b"http/1.1").await;
+    let head = "GET /exec/ns/p/c?command=cat&input=1&output=1 HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    client.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(client.read_u8().await.unwrap());
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
+    client
+}
+
+#[tokio::test]
+async fn e07_session_through_the_route_survives_half_a_close_and_ends_with_the_server() {
+    let logs = tempfile::tempdir().unwrap();
+    let fake = FakeRuntime::new(Arc::new(SystemClock));
+    let id = container_of(&fake, logs.path()).await;
+    let house = house_with(corev1::PodStatus::default(), fake).await;
+    let (streaming, task) = streaming_server().await;
+    house.fake.streaming_url(&format!("http://{streaming}"));
+    let mut client = exec_session(&house).await;
+    client.write_all(b"last words").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut echoed = Vec::new();
+    client.read_to_end(&mut echoed).await.unwrap();
+    assert_eq!(echoed, b"last words", "what the runtime says after the client's end still arrives");
+    let head = task.await.unwrap();
+    assert!(head.starts_with(&format!("GET /exec/{id} HTTP/1.1\r\n")), "{head}");
+
+    let (streaming, task) = streaming_server().await;
+    house.fake.streaming_url(&format!("http://{streaming}"));
+    let mut client = exec_session(&house).await;
+    house.cancel.cancel();
+    let mut nothing = Vec::new();
+    let _ = client.read_to_end(&mut nothing).await;
+    assert!(nothing.is_empty());
+    task.await.unwrap();
+
+    house.fake.streaming_url("http://127.0.0.1:1");
+}
+
+#[tokio::test]
+async fn e07_a_runtime_that_does_not_listen_or_refuses_is_told_as_it_is() {
+    let logs = tempfile::tempdir().unwrap();
+    let fake = FakeRuntime::new(Arc::new(SystemClock));
+    container_of(&fake, logs.path()).await;
+    let house = house_with(corev1::PodStatus::default(), fake).await;
+    let ask = async || {
+        let mut client = house.connect(house.apiserver(), b"http/1.1").await;
+        let head = "POST /exec/ns/p/c?output=1 HTTP/1.1\r\nHost: node\r\nConnection: Upgrade, close\r\nUpgrade: SPDY/3.1\r\n\r\n";
+        client.write_all(head.as_bytes()).await.unwrap();
+        // A server that closes without TLS' goodbye is an error only after what was read.
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer).await;
+        String::from_utf8(answer).unwrap()
+    };
+    let silent = ask().await;
+    assert!(silent.starts_with("HTTP/1.1 500 ") && silent.contains("error dialing backend: "), "{silent}");
+
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    house.fake.streaming_url(&format!("http://{}", listener.local_addr().unwrap()));
+    tokio::spawn(async move {
+        for answer in
+            ["HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+        {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            while stream.read(&mut request).await.is_ok_and(|n| n > 0) {}
+        }
+    });
+    let refused = ask().await;
+    assert!(refused.starts_with("HTTP/1.1 404 ") && refused.ends_with("gone"), "{refused}");
+    let not_switched = ask().await;
+    assert!(not_switched.ends_with("invalid upgrade response: status code 200\n"), "{not_switched}");
 }

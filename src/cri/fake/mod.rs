@@ -124,6 +124,11 @@ impl FakeRuntime {
         }
     }
 
+    /// Where exec's streaming server is said to be: `http://127.0.0.1:<port>`.
+    pub fn streaming_url(&self, base: &str) {
+        lock(&self.shared.world).streaming_url = base.to_owned();
+    }
+
     /// How events reach the subscriber from now on.
     pub fn events(&self, events: Events) {
         lock(&self.shared.world).events = events;

@@ -322,7 +322,7 @@ impl RuntimeService for FakeRuntime {
         const RPC: &str = "Exec";
         let id = request.container_id;
         self.call(RPC, self.about_container(&id), |world, _| {
-            world.container(RPC, &id).map(|c| format!("http://127.0.0.1:1/exec/{}", c.id))
+            world.container(RPC, &id).map(|c| format!("{}/exec/{}", world.streaming_url, c.id))
         })
         .await
     }

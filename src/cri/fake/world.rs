@@ -167,6 +167,7 @@ pub(super) struct World {
     pub(super) max_running: HashMap<(String, String), usize>,
     pub(super) max_ready: HashMap<String, usize>,
     pub(super) conditions: (bool, bool),
+    pub(super) streaming_url: String,
     reserved: HashMap<String, String>,
     starts: HashMap<(String, String), usize>,
     next_id: u64,
@@ -206,7 +207,7 @@ pub(super) fn state_name(state: ContainerState) -> &'static str {
 
 impl World {
     pub(super) fn new() -> Self {
-        Self { conditions: (true, true), ..Self::default() }
+        Self { conditions: (true, true), streaming_url: "http://127.0.0.1:1".to_owned(), ..Self::default() }
     }
 
     /// Reserves a name for a new ID; a name can be had once.

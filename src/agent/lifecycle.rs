@@ -112,6 +112,7 @@ pub(super) async fn wake_leftovers(
 
 #[allow(clippy::too_many_arguments)]
 pub(super) fn server_parts(
+    configz: serde_json::Value,
     store: &Arc<PodStore>,
     publisher: ApiPublisher,
     runtime_store: &Arc<RuntimeStore>,
@@ -129,6 +130,7 @@ pub(super) fn server_parts(
         metrics: Arc::new(move || all.render()),
         probe_metrics: Arc::new(move || of_probes.metrics_text()),
         sync_loop: Arc::new(move || health.pleg_health(now.now().mono).map_err(|e| e.to_string())),
+        configz,
         clock: Arc::clone(clock),
     }
 }

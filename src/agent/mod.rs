@@ -209,8 +209,16 @@ impl Agent {
             background.spawn(server::serve_healthz(address, cancel.clone()));
         }
         let doors = settings::server(&config, &node.facts.borrow().ips);
-        let parts =
-            lifecycle::server_parts(&store, publisher.clone(), &side.store, &side.runtime, &metrics, &probes, &clock);
+        let parts = lifecycle::server_parts(
+            config.configz(),
+            &store,
+            publisher.clone(),
+            &side.store,
+            &side.runtime,
+            &metrics,
+            &probes,
+            &clock,
+        );
         let server = config.kubelet.enable_server.then(|| tokio::spawn(server::serve(doors, parts, cancel.clone())));
         Ok(Some(Self { workers, publisher, node, mutations, background, server }))
     }

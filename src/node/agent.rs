@@ -36,6 +36,7 @@ use crate::{
 };
 
 const ENFORCE_RETRY: Duration = Duration::from_secs(60);
+const QOS_PERIOD: Duration = Duration::from_secs(60);
 
 /// What the node room is built from.
 pub struct NodeParts {
@@ -298,7 +299,7 @@ async fn enforce(
             Ok(()) => {
                 let message = "Updated Node Allocatable limit across pods".to_owned();
                 events.event(Regarding::Node, EventType::Normal, "NodeAllocatableEnforced", message);
-                return;
+                return keep_qos(&cgroups, &cancel).await;
             }
             Err(error) => {
                 let message = format!("Failed to update Node Allocatable Limits [\"kubepods\"]: {error}");
@@ -310,6 +311,20 @@ async fn enforce(
             biased;
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(ENFORCE_RETRY) => {}
+        }
+    }
+}
+
+/// Sets the QoS classes' shares again and again (contract R-03, S-27).
+async fn keep_qos(cgroups: &KubepodsCgroups, cancel: &CancellationToken) {
+    loop {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(QOS_PERIOD) => {}
+        }
+        if let Err(error) = cgroups.update_qos().await {
+            tracing::warn!(%error, "cannot set the CPU shares of the QoS classes");
         }
     }
 }

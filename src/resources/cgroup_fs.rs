@@ -177,6 +177,16 @@ impl Hierarchy {
         result
     }
 
+    /// The cgroup has fewer CPU shares than these, or they cannot be read.
+    pub(super) fn cpu_shares_below(&self, path: &str, shares: u64) -> bool {
+        let (file, wanted) = match self {
+            Self::V1 { .. } => ("cpu.shares", shares),
+            Self::V2 { .. } => ("cpu.weight", cpu_weight(shares)),
+        };
+        let text = self.directory("cpu", path).and_then(|d| fs::read_to_string(d.join(file)).ok());
+        text.and_then(|t| t.trim().parse::<u64>().ok()).is_none_or(|have| have < wanted)
+    }
+
     fn files(&self, limits: &Limits) -> Vec<(&'static str, String, String)> {
         let mut files = Vec::new();
         let mut file = |controller, name: &str, value: String| files.push((controller, name.to_owned(), value));

@@ -40,9 +40,6 @@ pub trait PodCgroups: Send + Sync + 'static {
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError>;
     /// UIDs of the pods that have a cgroup.
     async fn list(&self) -> Vec<PodUid>;
-    /// Sets the shares of the QoS classes from the pods that are active: every 60 s, so that what went amiss is put right (contract
-    /// [`create`](Self::create) and [`remove`](Self::remove) do so for their pod at once.
-    async fn update_qos(&self, active: &[Pod]) -> Result<(), CgroupError>;
 }
 
 /// The part of the configuration that concerns cgroups.
@@ -122,6 +119,15 @@ impl KubepodsCgroups {
         self.blocking("create", move |inner| inner.ensure_root(&limits)).await
     }
 
+    /// Sets the shares of the burstable class from the pods that have a cgroup: every 60 s, so that what went amiss is put right
+    /// (contract R-03). [`create`](PodCgroups::create) and [`remove`](PodCgroups::remove) do so for their pod at once.
+    pub async fn update_qos(&self) -> Result<(), CgroupError> {
+        if !self.manages() {
+            return Ok(());
+        }
+        self.blocking("update", Inner::set_burstable_shares).await
+    }
+
     fn manages(&self) -> bool {
         self.0.settings.per_qos && self.0.settings.driver == CgroupDriver::Cgroupfs
     }
@@ -162,7 +168,7 @@ impl PodCgroups for KubepodsCgroups {
                 }
             }
             if counted {
-                inner.set_qos_shares();
+                inner.raise_burstable_shares();
             }
             Ok(())
         })
@@ -180,10 +186,10 @@ impl PodCgroups for KubepodsCgroups {
                 .into_iter()
                 .map(|class| inner.pod_cgroup(class, &uid).path(inner.settings.driver))
                 .try_for_each(|path| inner.hierarchy.remove(&path))?;
-            if inner.burstable().remove(&uid).is_some() && manages {
-                inner.set_qos_shares();
+            match inner.burstable().remove(&uid) {
+                Some(_) if manages => inner.set_burstable_shares(),
+                _ => Ok(()),
             }
-            Ok(())
         })
         .await
     }
@@ -193,19 +199,6 @@ impl PodCgroups for KubepodsCgroups {
             return Vec::new();
         }
         self.blocking("list", |inner| Ok(inner.list())).await.unwrap_or_default()
-    }
-
-    async fn update_qos(&self, active: &[Pod]) -> Result<(), CgroupError> {
-        if !self.manages() {
-            return Ok(());
-        }
-        let counted = active.iter().filter_map(|pod| Some((pod.uid().clone(), burstable_milli(pod)?))).collect();
-        *self.0.burstable() = counted;
-        self.blocking("update", |inner| {
-            inner.set_qos_shares();
-            Ok(())
-        })
-        .await
     }
 }
 
@@ -262,11 +255,26 @@ impl Inner {
         self.burstable().insert(pod.uid().clone(), milli) != Some(milli)
     }
 
-    fn set_qos_shares(&self) {
-        let milli = self.burstable().values().fold(0, |sum: i64, m| sum.saturating_add(*m));
-        let path = self.class_cgroup(QosClass::Burstable).path(self.settings.driver);
-        let limits = Limits { cpu_shares: Some(cpu_shares(milli)), ..Limits::default() };
-        if let Err(error) = self.hierarchy.set(&path, &limits) {
+    fn burstable_cgroup(&self) -> String {
+        self.class_cgroup(QosClass::Burstable).path(self.settings.driver)
+    }
+
+    fn burstable_shares(&self) -> u64 {
+        cpu_shares(self.burstable().values().fold(0, |sum: i64, milli| sum.saturating_add(*milli)))
+    }
+
+    fn set_burstable_shares(&self) -> Result<(), CgroupError> {
+        let limits = Limits { cpu_shares: Some(self.burstable_shares()), ..Limits::default() };
+        self.hierarchy.set(&self.burstable_cgroup(), &limits)
+    }
+
+    /// After a restart pods are adopted one by one: the class keeps what it has until they outgrow it, so that nobody's share
+    /// drops in between. A pod starts also when this fails.
+    fn raise_burstable_shares(&self) {
+        let path = self.burstable_cgroup();
+        if self.hierarchy.cpu_shares_below(&path, self.burstable_shares())
+            && let Err(error) = self.set_burstable_shares()
+        {
             tracing::warn!(cgroup = path, %error, "cannot set the CPU shares of the burstable class");
         }
     }
@@ -434,8 +442,12 @@ mod tests {
         assert_eq!(read("besteffort/cpu.weight"), "1");
         assert_eq!(read("burstable/hugetlb.2MB.max"), (1_i64 << 62).to_string());
 
-        cgroups.update_qos(&[burstable(), guaranteed(), best_effort()]).await.unwrap();
-        assert_eq!(read("burstable/cpu.weight"), super::super::cpu_weight(256).to_string());
+        let weight = |milli| super::super::cpu_weight(super::super::cpu_shares(milli)).to_string();
+        fs::write(dir.path().join("kubepods/burstable/cpu.weight"), "9000").unwrap();
+        cgroups.create(&burstable()).await.unwrap();
+        assert_eq!(read("burstable/cpu.weight"), "9000", "not lowered while pods are adopted");
+        cgroups.update_qos().await.unwrap();
+        assert_eq!(read("burstable/cpu.weight"), weight(250));
     }
 
     fn cpu_weight_of_two_cpus() -> String {

@@ -196,9 +196,6 @@ impl PodCgroups for MemoryCgroups {
     async fn list(&self) -> Vec<PodUid> {
         self.0.lock().unwrap().iter().cloned().collect()
     }
-    async fn update_qos(&self, _: &[Pod]) -> Result<(), CgroupError> {
-        Ok(())
-    }
 }
 
 struct MemoryImages;

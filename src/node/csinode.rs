@@ -19,6 +19,8 @@ use kube::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::call_error::CallError;
+
 const ANNOTATION: &str = "storage.alpha.kubernetes.io/migrated-plugins";
 const MIGRATED: [&str; 7] = [
     "kubernetes.io/aws-ebs",
@@ -38,7 +40,7 @@ pub const NOT_INITIALIZED: &str = "CSINode is not yet initialized";
 #[derive(Debug, thiserror::Error)]
 enum CsiNodeError {
     #[error(transparent)]
-    Api(#[from] kube::Error),
+    Api(#[from] CallError),
     #[error("node {0:?} has no UID")]
     NoUid(String),
     #[error("CSINode {0:?} was owned by different node, deleted it")]
@@ -80,19 +82,19 @@ pub(super) async fn initialize(
 }
 
 async fn try_initialize(client: &Client, node_name: &str) -> Result<(), CsiNodeError> {
-    let node = Api::<Node>::all(client.clone()).get(node_name).await?;
+    let node = Api::<Node>::all(client.clone()).get(node_name).await.map_err(CallError::from)?;
     let uid = node.metadata.uid.ok_or_else(|| CsiNodeError::NoUid(node_name.to_owned()))?;
     let api: Api<CSINode> = Api::all(client.clone());
-    let Some(existing) = api.get_opt(node_name).await? else {
-        api.create(&PostParams::default(), &new_csi_node(node_name, &uid)).await?;
+    let Some(existing) = api.get_opt(node_name).await.map_err(CallError::from)? else {
+        api.create(&PostParams::default(), &new_csi_node(node_name, &uid)).await.map_err(CallError::from)?;
         return Ok(());
     };
     if !owned_by(&existing, node_name, &uid) {
-        api.delete(node_name, &DeleteParams::default()).await?;
+        api.delete(node_name, &DeleteParams::default()).await.map_err(CallError::from)?;
         return Err(CsiNodeError::Foreign(node_name.to_owned()));
     }
     if let Some(annotated) = with_annotation(&existing) {
-        api.replace(node_name, &PostParams::default(), &annotated).await?;
+        api.replace(node_name, &PostParams::default(), &annotated).await.map_err(CallError::from)?;
     }
     Ok(())
 }
@@ -206,7 +208,7 @@ mod tests {
         node.send_replace(Some(Arc::new(Node::default())));
         let mut seen = state.subscribe();
         seen.changed().await.unwrap();
-        assert!(seen.borrow().as_deref().unwrap().starts_with("failed to initialize CSINode: "));
+        assert_eq!(seen.borrow().as_deref(), Some("failed to initialize CSINode: Not Found"));
         api.put(NODE, json!({"metadata": {"name": "n1", "uid": "u1"}}));
         task.await.unwrap();
         assert_eq!(*state.borrow(), None);

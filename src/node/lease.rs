@@ -29,6 +29,7 @@ use kube::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::call_error::CallError;
 use crate::time::{Clock, SystemClock};
 
 const NAMESPACE: &str = "kube-node-lease";
@@ -157,7 +158,7 @@ async fn stall(heartbeat: &Heartbeat, limit: Duration) {
 #[derive(Debug, thiserror::Error)]
 enum LeaseError {
     #[error(transparent)]
-    Api(#[from] kube::Error),
+    Api(#[from] CallError),
     #[error("no answer within {REQUEST_DEADLINE:?}")]
     Deadline,
     #[error("failed {UPDATE_TRIES} attempts to update lease")]
@@ -167,7 +168,7 @@ enum LeaseError {
 impl LeaseError {
     fn code(&self) -> u16 {
         match self {
-            Self::Api(kube::Error::Api(status)) => status.code,
+            Self::Api(error) => error.code(),
             _ => 0,
         }
     }
@@ -219,8 +220,12 @@ impl Renewer<'_> {
             match self.try_ensure().await {
                 Ok(found) => return found,
                 Err(error) => {
-                    tracing::error!(%error, retry_in = ?pause, "failed to ensure lease exists, will retry");
-                    self.api = None;
+                    if error.code() == 404 {
+                        tracing::info!(%error, retry_in = ?pause, "no lease before there is a node");
+                    } else {
+                        tracing::error!(%error, retry_in = ?pause, "failed to ensure lease exists, will retry");
+                        self.api = None;
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
@@ -310,7 +315,7 @@ impl Renewer<'_> {
 
 async fn deadline<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
     let answer = tokio::time::timeout(REQUEST_DEADLINE, call).await;
-    answer.map_err(|_| LeaseError::Deadline)?.map_err(LeaseError::Api)
+    answer.map_err(|_| LeaseError::Deadline)?.map_err(|error| CallError::from(error).into())
 }
 
 fn owned(lease: &Lease) -> bool {

@@ -8,6 +8,7 @@
 
 mod addresses;
 mod agent;
+mod call_error;
 mod capacity;
 mod conditions;
 mod csinode;

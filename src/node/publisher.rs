@@ -17,6 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    call_error::CallError,
     patch::node_patch,
     registration::{Registered, RegistrationError, initial_node, register},
     runtime_state::RuntimeState,
@@ -166,7 +167,7 @@ impl Publisher {
         let known = self.object.newest().filter(|_| !afresh);
         let current = match known {
             Some(node) => node,
-            None => Arc::new(api.get(&name).await?),
+            None => Arc::new(api.get(&name).await.map_err(CallError::from)?),
         };
         let built = self.build(&current);
         let changed = changed(&current, &built.node);
@@ -179,8 +180,8 @@ impl Publisher {
             false => 0.0,
         };
         if let Some(patch) = node_patch(&current, &built.node)? {
-            let updated = api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
-            self.object.offer(updated);
+            let updated = api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(patch)).await;
+            self.object.offer(updated.map_err(CallError::from)?);
         }
         reports.last = Some(now);
         self.tell(built.events);

@@ -14,6 +14,7 @@ use kube::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    call_error::CallError,
     patch::node_patch,
     settings::{NodeSettings, OPERATING_SYSTEM},
     status::{attach_detach_annotation, attach_detach_key, is_extended},
@@ -175,9 +176,9 @@ pub async fn register(api: &Api<Node>, initial: &Node, cancel: &CancellationToke
 
 /// The Node cannot be created or brought in line.
 #[derive(Debug, thiserror::Error)]
-pub enum RegistrationError {
+pub(super) enum RegistrationError {
     #[error(transparent)]
-    Api(#[from] kube::Error),
+    Api(#[from] CallError),
     #[error("cannot serialize the node: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -186,16 +187,18 @@ async fn try_register(api: &Api<Node>, initial: &Node) -> Result<Registered, Reg
     match api.create(&PostParams::default(), initial).await {
         Ok(node) => return Ok(Registered::Created(node)),
         // A create may be forbidden where the node exists already (NodeRestriction answers so for some versions).
-        Err(kube::Error::Api(status)) if status.code == 409 || status.code == 403 => {}
-        Err(error) => return Err(error.into()),
+        Err(error) => match CallError::from(error) {
+            refused if matches!(refused.code(), 409 | 403) => {}
+            failed => return Err(failed.into()),
+        },
     }
     let name = initial.metadata.name.clone().unwrap_or_default();
-    let existing = api.get(&name).await?;
+    let existing = api.get(&name).await.map_err(CallError::from)?;
     tracing::info!(node = name, "node was previously registered");
     let wanted = reconcile(initial, &existing);
     let Some(patch) = node_patch(&existing, &wanted)? else { return Ok(Registered::Existed(existing)) };
-    let patched = api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
-    Ok(Registered::Existed(patched))
+    let patched = api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(patch)).await;
+    Ok(Registered::Existed(patched.map_err(CallError::from)?))
 }
 
 #[cfg(test)]

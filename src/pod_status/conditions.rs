@@ -127,8 +127,9 @@ fn readiness_gates(input: &StatusInput<'_>, foreign: &[PodCondition]) -> Option<
         let kind = &gate.condition_type;
         match foreign.iter().find(|c| c.type_ == *kind) {
             None => parts.push(format!("corresponding condition of pod readiness gate \"{kind}\" does not exist.")),
-            Some(c) if c.status != "True" => parts
-                .push(format!("the status of pod readiness gate \"{kind}\" is not \"True\", but {}", c.status)),
+            Some(c) if c.status != "True" => {
+                parts.push(format!("the status of pod readiness gate \"{kind}\" is not \"True\", but {}", c.status))
+            }
             Some(_) => {}
         }
     }
@@ -154,9 +155,11 @@ fn initialized(input: &StatusInput<'_>, status: &PodStatus, phase: &str) -> Verd
     if phase == "Succeeded" && unknown.is_empty() {
         return Verdict { ok: true, reason: "PodCompleted", message: String::new() };
     }
-    let main_started = input.pod.main_containers().filter_map(|c| find(status, c)).any(|s| {
-        s.state.as_ref().is_some_and(|state| state.running.is_some() || state.terminated.is_some())
-    });
+    let main_started = input
+        .pod
+        .main_containers()
+        .filter_map(|c| find(status, c))
+        .any(|s| s.state.as_ref().is_some_and(|state| state.running.is_some() || state.terminated.is_some()));
     if main_started {
         return Verdict::yes();
     }

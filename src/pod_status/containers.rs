@@ -21,8 +21,7 @@ use crate::{
 const LOST_AT_END: &str = "The container could not be located when the pod was terminated";
 const LOST_RUNNING: &str =
     "The container could not be located when the pod was deleted.  The container used to be Running";
-const INIT_LOST: &str =
-    "Unable to get init container status from container runtime and pod has been initialized, treat it as exited normally";
+const INIT_LOST: &str = "Unable to get init container status from container runtime and pod has been initialized, treat it as exited normally";
 
 /// In spec order.
 pub(super) fn init_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
@@ -41,7 +40,9 @@ fn container_status(input: &StatusInput<'_>, container: ContainerRef<'_>) -> Con
     let mut status = match input.runtime {
         None => old.cloned().unwrap_or_else(|| default_status(input, container, None)),
         Some(runtime) => {
-            let mut known: Vec<&Container> = runtime.containers.iter().filter(|c| c.name == container.name()).collect();
+            // A container that is created and not yet started is still being made: its predecessor, or nothing, is shown.
+            let shown = |c: &&Container| c.name == container.name() && c.state != ContainerState::Created;
+            let mut known: Vec<&Container> = runtime.containers.iter().filter(shown).collect();
             known.sort_by_key(|c| std::cmp::Reverse((c.attempt, c.created_at)));
             match known.as_slice() {
                 [] => missing_status(input, container, old),
@@ -110,9 +111,9 @@ fn missing_status(
             status.restart_count += 1;
         }
     }
-    let created = input.runtime.is_some_and(|r| {
-        r.latest_sandbox().is_some_and(|sandbox| start_order::initialized(input.pod, r, sandbox))
-    });
+    let created = input
+        .runtime
+        .is_some_and(|r| r.latest_sandbox().is_some_and(|sandbox| start_order::initialized(input.pod, r, sandbox)));
     if container.kind == ContainerKind::Init && created {
         let ended = ContainerStateTerminated {
             reason: Some("Completed".into()),
@@ -187,7 +188,10 @@ fn api_state(input: &StatusInput<'_>, container: &Container, old: Option<&Contai
             let runtime = || Some(container.message.clone()).filter(|m| !m.is_empty());
             let ended = ContainerStateTerminated {
                 exit_code: container.exit_code,
-                reason: Some(container.reason.clone()).filter(|r| !r.is_empty()),
+                reason: match container.oom_killed {
+                    true => Some("OOMKilled".to_owned()),
+                    false => Some(container.reason.clone()).filter(|r| !r.is_empty()),
+                },
                 message: read.or_else(published).or_else(runtime),
                 started_at: time(container.started_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
                 finished_at: time(container.finished_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
@@ -263,7 +267,7 @@ pub(super) fn force_terminal(input: &StatusInput<'_>, status: &mut PodStatus) {
     });
     let mains_evident = status.container_statuses.iter().flatten().any(evident);
     let has_init = !kinds.is_empty();
-    if mains_evident || (has_init && init_done) || !has_init {
+    if mains_evident || init_done || !has_init {
         status.container_statuses.iter_mut().flatten().for_each(end_unless_ended);
     }
     let inits = status.init_container_statuses.iter_mut().flatten().collect::<Vec<_>>();

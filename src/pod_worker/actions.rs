@@ -16,20 +16,42 @@ pub enum Action {
     MountVolumes,
     /// Objects changed: write again what depends on them.
     RefreshVolumes,
-    CreateSandbox { attempt: u32 },
+    CreateSandbox {
+        attempt: u32,
+    },
     /// The sandbox cannot be used any more: kill what runs in it, stop it, so that the next attempt can be made.
-    StopSandbox { ids: Vec<String>, containers: Vec<ContainerToStop> },
-    StartContainer { name: String, attempt: u32 },
+    StopSandbox {
+        ids: Vec<String>,
+        containers: Vec<ContainerToStop>,
+    },
+    StartContainer {
+        name: String,
+        attempt: u32,
+    },
     /// Kill one container and go on with the pod; `restart`: start it again whatever its exit code.
-    KillContainer { container: ContainerToStop, message: String, restart: bool },
+    KillContainer {
+        container: ContainerToStop,
+        message: String,
+        restart: bool,
+    },
     /// Kill everything of the pod: preStop hooks, ordered SIGTERM, SIGKILL at the deadline, then the sandboxes.
-    StopPod { containers: Vec<ContainerToStop>, sandboxes: Vec<String>, deadline: Instant },
+    StopPod {
+        containers: Vec<ContainerToStop>,
+        sandboxes: Vec<String>,
+        deadline: Instant,
+    },
     /// Remove dead containers, oldest first, with their logs.
-    Prune { containers: Vec<String>, sandboxes: Vec<String> },
+    Prune {
+        containers: Vec<String>,
+        sandboxes: Vec<String>,
+    },
     /// Unmount volumes, remove the pod's directory and cgroup.
     TearDown,
     /// The API has let go: remove containers, sandboxes and logs.
-    RemoveRuntime { containers: Vec<String>, sandboxes: Vec<String> },
+    RemoveRuntime {
+        containers: Vec<String>,
+        sandboxes: Vec<String>,
+    },
 }
 
 impl Action {
@@ -107,9 +129,15 @@ pub enum Outcome {
     /// Failed in a way that may pass; the shell has raised the event.
     Failed,
     /// The volumes are there and up to date; token rotation wants a refresh after that time.
-    Volumes { mounted: Option<Arc<MountedVolumes>>, refresh_in: Option<Duration> },
+    Volumes {
+        mounted: Option<Arc<MountedVolumes>>,
+        refresh_in: Option<Duration>,
+    },
     /// The container did not start.
-    StartFailed { waiting: WaitingReason, retry_at: Option<Instant> },
+    StartFailed {
+        waiting: WaitingReason,
+        retry_at: Option<Instant>,
+    },
     /// The start was given up because the pod is ending or the plan changed: nothing to remember.
     Abandoned,
 }
@@ -120,4 +148,3 @@ pub enum Progress {
     /// The container runs, its postStart hook is being awaited.
     PostStart { container: String, id: String },
 }
-

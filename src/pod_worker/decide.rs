@@ -4,11 +4,7 @@
 //! are the ordinary path. While the pod shall run, this file decides (with [`start_order`](super::start_order) for its containers); once it
 //! is ending, [`going_down`](super::going_down) does.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use k8s_openapi::api::core::v1 as corev1;
 use tokio::time::Instant;
@@ -70,7 +66,10 @@ impl Turn {
 pub enum SandboxState<'a> {
     Usable(&'a Sandbox),
     /// None yet, or the newest cannot be used: make the next attempt.
-    Needed { attempt: u32, why: &'static str },
+    Needed {
+        attempt: u32,
+        why: &'static str,
+    },
 }
 
 /// Contract P-09: none, more than one ready, newest not ready, network namespace mode changed, no IP.
@@ -86,7 +85,10 @@ pub fn sandbox_state<'a>(pod: &Pod, runtime: &'a PodRuntime) -> SandboxState<'a>
         return SandboxState::Needed { attempt, why: "pod sandbox is not ready" };
     }
     if latest.host_network != pod.host_network() {
-        return SandboxState::Needed { attempt, why: "network namespace mode changed and sandbox needs to be recreated" };
+        return SandboxState::Needed {
+            attempt,
+            why: "network namespace mode changed and sandbox needs to be recreated",
+        };
     }
     if !pod.host_network() && latest.ips.is_empty() {
         return SandboxState::Needed { attempt: attempt.max(1), why: "pod sandbox has no IP address" };

@@ -17,7 +17,9 @@ fn starts(world: &World) -> Vec<&str> {
 }
 
 fn simple(policy: &str) -> World {
-    World::new(pod(json!({"restartPolicy": policy, "containers": [{"name": "a", "image": "i"}, {"name": "b", "image": "i"}]})))
+    World::new(pod(
+        json!({"restartPolicy": policy, "containers": [{"name": "a", "image": "i"}, {"name": "b", "image": "i"}]}),
+    ))
 }
 
 #[test]
@@ -131,7 +133,9 @@ fn p26_a_changed_image_replaces_the_container_whatever_the_policy() {
     for policy in ["Always", "OnFailure", "Never"] {
         let mut world = simple(policy);
         world.settle();
-        world.desired = Known::Is(pod(json!({"restartPolicy": policy, "containers": [{"name": "a", "image": "new"}, {"name": "b", "image": "i"}]})));
+        world.desired = Known::Is(pod(
+            json!({"restartPolicy": policy, "containers": [{"name": "a", "image": "new"}, {"name": "b", "image": "i"}]}),
+        ));
         world.settle();
         assert!(world.log.contains(&"kill a: Container a definition changed, will be restarted".to_owned()));
         assert_eq!(starts(&world), ["a 0", "b 0", "a 1"], "{policy}");
@@ -356,7 +360,11 @@ fn calm_down(world: &mut World, seed: u64, policy: &str) {
         (_, "Always") => assert_eq!(world.running(), ["a", "b", "s"], "seed {seed}: {:?}", world.log),
         _ => {
             let done = phase >= Phase::Terminated && world.running().is_empty();
-            assert!(done || world.running().contains(&"b") || world.running().contains(&"a"), "seed {seed}: {:?}", world.log);
+            assert!(
+                done || world.running().contains(&"b") || world.running().contains(&"a"),
+                "seed {seed}: {:?}",
+                world.log
+            );
         }
     }
 }

@@ -3,18 +3,27 @@
 //! Calls that change something at the runtime run on the mutation tracker: giving up an action stops the waiting, never the call, because a
 //! cancelled call leaves reserved names behind in containerd.
 
-use std::{future::Future, path::{Path, PathBuf}, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio_util::sync::CancellationToken;
 
 use super::{
     actions::{Action, Ended, Outcome},
     registry::{Slot, WorkerParts},
-    start_container, stop,
+    start_container,
     start_gate::Order,
+    stop,
 };
 use crate::{
-    containers::{self, ContainerAnnotations, SandboxInputs, termination_log::{self, Exit}},
+    containers::{
+        self, ContainerAnnotations, SandboxInputs,
+        termination_log::{self, Exit},
+    },
     cri::{Container, CriError, PodRuntime, Sandbox, v1},
     events::{EventType, Regarding},
     logs,
@@ -93,10 +102,8 @@ impl ActionContext {
 pub(super) async fn run(context: ActionContext, action: Action) {
     let started = context.parts.clock.now().mono;
     let outcome = perform(&context, &action).await;
-    let touched = !matches!(
-        action,
-        Action::CreateCgroup | Action::MountVolumes | Action::RefreshVolumes | Action::TearDown
-    );
+    let touched =
+        !matches!(action, Action::CreateCgroup | Action::MountVolumes | Action::RefreshVolumes | Action::TearDown);
     let (mut seq, mut read) = (None, None);
     if touched {
         seq = (!matches!(action, Action::ReadRuntime)).then(|| context.parts.runtime_store.draw());
@@ -139,8 +146,15 @@ async fn create_cgroup(context: &ActionContext) -> Outcome {
     match context.parts.cgroups.create(pod).await {
         Ok(()) => Outcome::Done,
         Err(error) => {
-            let message = format!("failed to ensure that the pod: {} cgroups exist and are correctly applied: {error}", pod.uid());
-            context.event(EventType::Warning, "FailedCreatePodContainer", format!("unable to ensure pod container exists: {message}"));
+            let message = format!(
+                "failed to ensure that the pod: {} cgroups exist and are correctly applied: {error}",
+                pod.uid()
+            );
+            context.event(
+                EventType::Warning,
+                "FailedCreatePodContainer",
+                format!("unable to ensure pod container exists: {message}"),
+            );
             Outcome::Failed
         }
     }
@@ -162,7 +176,13 @@ async fn mount_volumes(context: &ActionContext) -> Outcome {
 
 /// A pod with a token is refreshed soon after its start, off the start path: that tells when the token is due.
 fn first_refresh(pod: &Pod) -> Option<Duration> {
-    let sources = pod.spec().volumes.iter().flatten().filter_map(|v| v.projected.as_ref()).flat_map(|p| p.sources.iter().flatten());
+    let sources = pod
+        .spec()
+        .volumes
+        .iter()
+        .flatten()
+        .filter_map(|v| v.projected.as_ref())
+        .flat_map(|p| p.sources.iter().flatten());
     sources.into_iter().any(|s| s.service_account_token.is_some()).then_some(FIRST_REFRESH)
 }
 
@@ -311,12 +331,8 @@ pub(super) async fn termination_message(container: &Container) -> String {
     let owned = container.clone();
     let read = tokio::task::spawn_blocking(move || {
         let annotations = ContainerAnnotations::read(&owned.annotations);
-        let exit = Exit {
-            code: owned.exit_code,
-            reason: &owned.reason,
-            message: &owned.message,
-            mounts: &owned.mounts,
-        };
+        let exit =
+            Exit { code: owned.exit_code, reason: &owned.reason, message: &owned.message, mounts: &owned.mounts };
         termination_log::message(exit, &annotations, || {
             let log = Path::new(&owned.log_path);
             tokio::runtime::Handle::current().block_on(logs::tail_for_termination(log))

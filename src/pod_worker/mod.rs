@@ -8,14 +8,14 @@ pub mod actions;
 pub mod backoff;
 pub mod decide;
 pub mod execute;
-pub mod hooks;
 mod going_down;
-pub mod start_order;
+pub mod hooks;
 pub mod registry;
 pub mod restart;
 mod start_container;
-mod stop;
 pub mod start_gate;
+pub mod start_order;
+mod stop;
 pub mod view;
 mod worker;
 

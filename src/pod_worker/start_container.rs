@@ -102,9 +102,16 @@ impl Start<'_> {
         let settings = &parts.settings;
         let pod_ips = self.pod_ips();
         let fail = |e: containers::ConfigError| self.config_failed(e.reason, e.message);
-        let env = containers::environment(self.pod, self.container, parts.objects.as_ref(), &self.context.node, &pod_ips, &self.context.mounted)
-            .await
-            .map_err(fail)?;
+        let env = containers::environment(
+            self.pod,
+            self.container,
+            parts.objects.as_ref(),
+            &self.context.node,
+            &pod_ips,
+            &self.context.mounted,
+        )
+        .await
+        .map_err(fail)?;
         let mut mounts = parts
             .volumes
             .container_mounts(self.pod, self.container, &self.context.mounted, &as_map(&env))
@@ -149,13 +156,16 @@ impl Start<'_> {
     async fn create(&self, config: v1::ContainerConfig, sandbox: v1::PodSandboxConfig) -> Result<String, Stop> {
         let log = std::path::Path::new(&sandbox.log_directory).join(self.container.name());
         if let Err(error) = tokio::fs::create_dir_all(&log).await {
-            return Err(self.runtime_failed("CreateContainerError", format!("create container log directory failed: {error}")));
+            return Err(
+                self.runtime_failed("CreateContainerError", format!("create container log directory failed: {error}"))
+            );
         }
         if self.context.cancel.is_cancelled() {
             return Err(Stop::Abandoned);
         }
         let (runtime, sandbox_id) = (Arc::clone(&self.context.parts.runtime), self.sandbox.id.clone());
-        let made = self.context.gated(async move { runtime.create_container(&sandbox_id, config, sandbox).await }).await;
+        let made =
+            self.context.gated(async move { runtime.create_container(&sandbox_id, config, sandbox).await }).await;
         let id = made.map_err(|e| self.runtime_failed("CreateContainerError", e.message))?;
         self.event(EventType::Normal, "Created", "Container created".into());
         Ok(id)

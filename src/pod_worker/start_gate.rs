@@ -120,7 +120,8 @@ mod tests {
         let gate = StartGate::new(1);
         let log = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = Vec::new();
-        let orders = [("first", false, 0), ("new", false, 0), ("high", false, 9), ("begun", true, 0), ("new2", false, 0)];
+        let orders =
+            [("first", false, 0), ("new", false, 0), ("high", false, 9), ("begun", true, 0), ("new2", false, 0)];
         for (name, begun, priority) in orders {
             let (gate, log) = (gate.clone(), Arc::clone(&log));
             tasks.push(tokio::spawn(async move {

@@ -25,8 +25,14 @@ use crate::{
 enum Need<'a> {
     /// Runs, or is done for good.
     Nothing,
-    Start { after: Option<&'a Container> },
-    Kill { container: &'a Container, message: String, grace: Option<i64> },
+    Start {
+        after: Option<&'a Container>,
+    },
+    Kill {
+        container: &'a Container,
+        message: String,
+        grace: Option<i64>,
+    },
 }
 
 /// All main containers have ended for good, or an init container failed for good.
@@ -52,9 +58,7 @@ pub(super) fn finished(pod: &Pod, runtime: &PodRuntime, view: &PodView<'_>, rule
 fn init_failed(pod: &Pod, runtime: &PodRuntime, sandbox: Option<&Sandbox>, _rules: &Rules) -> bool {
     pod.init_containers().filter(|c| c.kind == ContainerKind::Init).any(|c| {
         latest_in(runtime, c.name(), sandbox).is_some_and(|latest| {
-            latest.state == ContainerState::Exited
-                && latest.exit_code != 0
-                && !restarts_after(pod, c, latest.exit_code)
+            latest.state == ContainerState::Exited && latest.exit_code != 0 && !restarts_after(pod, c, latest.exit_code)
         })
     })
 }

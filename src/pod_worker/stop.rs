@@ -12,10 +12,7 @@ use super::{
     execute::ActionContext,
     hooks::{self, HookContext},
 };
-use crate::{
-    cri::CriError,
-    events::EventType,
-};
+use crate::{cri::CriError, events::EventType};
 
 /// The runtime is always given this long between SIGTERM and SIGKILL.
 const MINIMUM_GRACE: Duration = Duration::from_secs(2);
@@ -25,15 +22,21 @@ pub(super) async fn kill_container(context: &ActionContext, container: &Containe
     match stop_container(context, container, deadline, message, None).await {
         Ok(()) => Outcome::Done,
         Err(error) => {
-            context.event(EventType::Warning, "FailedKillPod", format!("error killing pod: failed to \"KillContainer\" for \"{}\" with KillContainerError: \"{error}\"", container.name));
+            context.event(
+                EventType::Warning,
+                "FailedKillPod",
+                format!(
+                    "error killing pod: failed to \"KillContainer\" for \"{}\" with KillContainerError: \"{error}\"",
+                    container.name
+                ),
+            );
             Outcome::Failed
         }
     }
 }
 
 pub(super) async fn stop_sandbox(context: &ActionContext, ids: &[String], containers: &[ContainerToStop]) -> Outcome {
-    let deadline = context.parts.clock.now().mono
-        + containers.iter().map(|c| c.grace).max().unwrap_or(Duration::ZERO);
+    let deadline = context.parts.clock.now().mono + containers.iter().map(|c| c.grace).max().unwrap_or(Duration::ZERO);
     stop_all(context, containers, ids, deadline).await
 }
 
@@ -87,7 +90,10 @@ async fn stop_all(
         for id in sandboxes {
             let (runtime, owned) = (Arc::clone(&context.parts.runtime), id.clone());
             if let Err(error) = context.mutate(async move { runtime.stop_pod_sandbox(&owned).await }).await {
-                errors.push(format!("failed to \"KillPodSandbox\" for \"{}\" with KillPodSandboxError: \"{error}\"", context.uid));
+                errors.push(format!(
+                    "failed to \"KillPodSandbox\" for \"{}\" with KillPodSandboxError: \"{error}\"",
+                    context.uid
+                ));
             }
         }
     }
@@ -147,9 +153,16 @@ async fn pre_stop(context: &ActionContext, container: &ContainerToStop, deadline
     match tokio::time::timeout(left, hook).await {
         Ok(Ok(Err(error))) => {
             tracing::warn!(pod.uid = %context.uid, container = container.name, %error, "PreStop hook failed");
-            context.container_event(&container.name, EventType::Warning, "FailedPreStopHook", "PreStopHook failed".into());
+            context.container_event(
+                &container.name,
+                EventType::Warning,
+                "FailedPreStopHook",
+                "PreStopHook failed".into(),
+            );
         }
         Ok(_) => {}
-        Err(_) => tracing::info!(pod.uid = %context.uid, container = container.name, "PreStop hook did not end within the grace period"),
+        Err(_) => {
+            tracing::info!(pod.uid = %context.uid, container = container.name, "PreStop hook did not end within the grace period")
+        }
     }
 }

@@ -139,11 +139,9 @@ impl Worker {
 
     /// A missing configMap or secret may have appeared.
     fn forget_object_failures(&mut self) {
-        for container in self.history.containers.values_mut() {
-            if container.start_failure.as_ref().is_some_and(|f| f.waiting.reason == "CreateContainerConfigError") {
-                if let Some(failure) = &mut container.start_failure {
-                    failure.retry_at = Some(self.first_seen);
-                }
+        for failure in self.history.containers.values_mut().filter_map(|c| c.start_failure.as_mut()) {
+            if failure.waiting.reason == "CreateContainerConfigError" {
+                failure.retry_at = Some(self.first_seen);
             }
         }
     }
@@ -337,7 +335,13 @@ impl Worker {
         self.history.termination_messages.retain(|id, _| alive(id));
     }
 
-    fn track_probes(&mut self, pod: Option<&Pod>, runtime: Option<&PodRuntime>, node: &crate::node::NodeFacts, turn: &Turn) {
+    fn track_probes(
+        &mut self,
+        pod: Option<&Pod>,
+        runtime: Option<&PodRuntime>,
+        node: &crate::node::NodeFacts,
+        turn: &Turn,
+    ) {
         let Some(pod) = pod.or(self.history.pod.as_ref()) else { return };
         let Some(runtime) = runtime else { return };
         if turn.phase >= Phase::Terminated {
@@ -452,13 +456,22 @@ impl Worker {
             return;
         }
         for (target, running) in &self.running {
-            if matches!(self.actions.get(target), Some(Action::StartContainer { .. } | Action::MountVolumes | Action::CreateSandbox { .. })) {
+            if matches!(
+                self.actions.get(target),
+                Some(Action::StartContainer { .. } | Action::MountVolumes | Action::CreateSandbox { .. })
+            ) {
                 running.cancel.cancel();
             }
         }
     }
 
-    fn begin(&mut self, action: Action, runtime: Option<Arc<PodRuntime>>, node: &Arc<crate::node::NodeFacts>, now: Now) {
+    fn begin(
+        &mut self,
+        action: Action,
+        runtime: Option<Arc<PodRuntime>>,
+        node: &Arc<crate::node::NodeFacts>,
+        now: Now,
+    ) {
         let target = action.target();
         if let Some(earlier) = self.running.get(&target) {
             // Only a stop with a shorter grace supersedes; everything else waits for its target.
@@ -493,7 +506,8 @@ impl Worker {
 
     fn charge_backoff(&mut self, name: &str, runtime: Option<&PodRuntime>, now: Now) {
         let rules = self.parts.settings.rules;
-        let Some(container) = self.history.pod.as_ref().and_then(|p| p.container(name).map(|c| (rules.hash)(c.spec))) else {
+        let Some(container) = self.history.pod.as_ref().and_then(|p| p.container(name).map(|c| (rules.hash)(c.spec)))
+        else {
             return;
         };
         let Some(ended) = runtime.and_then(|r| r.latest(name)).filter(|c| c.state == ContainerState::Exited) else {

@@ -31,10 +31,8 @@ pub(super) fn hash(container: &corev1::Container) -> String {
     container.image.clone().unwrap_or_default()
 }
 
-pub(super) const RULES: Rules = Rules {
-    backoff: BackoffLimits { initial: Duration::from_secs(10), cap: Duration::from_secs(300) },
-    hash,
-};
+pub(super) const RULES: Rules =
+    Rules { backoff: BackoffLimits { initial: Duration::from_secs(10), cap: Duration::from_secs(300) }, hash };
 
 pub(super) fn pod(spec: Value) -> Pod {
     pod_with(spec, json!({}))
@@ -187,9 +185,13 @@ impl World {
                     | Action::RemoveRuntime { .. }
             );
             assert!(self.readable || !destroys, "destruction on an unread runtime: {action:?}");
-            assert!(!matches!(self.desired, Known::NotYet) || !destroys, "destruction before the sources are known: {action:?}");
+            assert!(
+                !matches!(self.desired, Known::NotYet) || !destroys,
+                "destruction before the sources are known: {action:?}"
+            );
             if let Action::StartContainer { name, .. } = action {
-                let alive = self.runtime.containers.iter().any(|c| c.name == *name && c.state == ContainerState::Running);
+                let alive =
+                    self.runtime.containers.iter().any(|c| c.name == *name && c.state == ContainerState::Running);
                 assert!(!alive, "a second {name}");
                 assert_eq!(turn.phase, Phase::Syncing);
             }
@@ -377,8 +379,13 @@ impl World {
     }
 
     pub fn running(&self) -> Vec<&str> {
-        let mut list: Vec<&str> =
-            self.runtime.containers.iter().filter(|c| c.state == ContainerState::Running).map(|c| c.name.as_str()).collect();
+        let mut list: Vec<&str> = self
+            .runtime
+            .containers
+            .iter()
+            .filter(|c| c.state == ContainerState::Running)
+            .map(|c| c.name.as_str())
+            .collect();
         list.sort_unstable();
         list
     }
@@ -407,6 +414,10 @@ fn serde_container(
         message: String::new(),
         image,
         image_ref: String::new(),
+        image_id: String::new(),
+        image_runtime_handler: String::new(),
+        oom_killed: false,
+        stop_signal: crate::cri::v1::Signal::default(),
         labels: HashMap::new(),
         annotations,
         log_path: String::new(),

@@ -48,7 +48,10 @@ async fn runtime_errors_cost_time_but_no_pod() {
     let all = || pods.iter().filter(|p| ready(&node.api.status(p.uid()))).count();
     until(Duration::from_secs(300), "all ready", || all() == 200).await;
     assert_eq!(rig.runtime.worst_max_running().map(|(_, _, n)| n), Some(1), "never two of one container");
-    assert!(rig.events.has("FailedCreatePodSandBox", "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to set up sandbox network"));
+    assert!(rig.events.has(
+        "FailedCreatePodSandBox",
+        "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to set up sandbox network"
+    ));
     assert!(rig.events.has("Failed", "Error: no"));
 }
 

@@ -13,7 +13,11 @@ use k8s_openapi::api::core::v1::PodStatus;
 use rkubelet::{
     api::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec},
     containers::{ContainerPolicy, container_hash},
-    cri::{CriMetrics, FollowSettings, RuntimeService, RuntimeStore, fake::FakeRuntime, follow, v1},
+    cri::{
+        CriMetrics, FollowSettings, RuntimeService, RuntimeStore,
+        fake::{FakeRuntime, ImageScript},
+        follow, v1,
+    },
     events::MemoryEvents,
     images::{ImageError, Images, PresentImage},
     network::DnsSettings,
@@ -51,7 +55,6 @@ struct ApiState {
     /// Every status in the order it was offered.
     pub history: HashMap<PodUid, Vec<PodStatus>>,
     deleting: HashSet<PodUid>,
-    pub writes: usize,
 }
 
 impl MemoryApi {
@@ -70,9 +73,6 @@ impl MemoryApi {
     pub fn history(&self, uid: &PodUid) -> Vec<PodStatus> {
         self.state.lock().unwrap().history.get(uid).cloned().unwrap_or_default()
     }
-    pub fn writes(&self) -> usize {
-        self.state.lock().unwrap().writes
-    }
 }
 
 /// The publisher's port over the memory API.
@@ -90,7 +90,6 @@ impl StatusPublisher for MemoryPublisher {
             }
             state.history.entry(uid.clone()).or_default().push(status.clone());
             state.offered.insert(uid.clone(), (version + 1, status));
-            state.writes += 1;
             version + 1
         };
         let latency = *api.latency.lock().unwrap();
@@ -135,8 +134,8 @@ impl StatusPublisher for MemoryPublisher {
     fn forget(&self, _: &PodUid) {}
 }
 
-#[derive(Default)]
 pub struct MemoryVolumes {
+    pods: PathBuf,
     pub mounted: Mutex<HashSet<PodUid>>,
     /// UIDs whose volumes cannot be mounted.
     pub broken: Mutex<HashSet<PodUid>>,
@@ -153,6 +152,7 @@ impl PodVolumes for MemoryVolumes {
         if self.broken.lock().unwrap().contains(pod.uid()) {
             return Err(Vec::new());
         }
+        std::fs::create_dir_all(self.pods.join(pod.uid().as_str())).unwrap();
         self.mounted.lock().unwrap().insert(pod.uid().clone());
         Ok(Arc::default())
     }
@@ -275,7 +275,8 @@ pub struct Process {
     pub store: Arc<PodStore>,
     pub runtime_store: Arc<RuntimeStore>,
     pub api: Arc<MemoryApi>,
-    pub facts: watch::Sender<Arc<NodeFacts>>,
+    /// Keeps the facts' channel open.
+    _facts: watch::Sender<Arc<NodeFacts>>,
     pub registry: prometheus::Registry,
     pub wakes: Arc<dyn WakeSink>,
     cancel: CancellationToken,
@@ -283,18 +284,26 @@ pub struct Process {
 
 impl Rig {
     pub fn new() -> Self {
-        let clock: Arc<dyn Clock> = Arc::new(SimulatedClock::starting_at(Timestamp::from_second(2_000_000_000).unwrap()));
+        let clock: Arc<dyn Clock> =
+            Arc::new(SimulatedClock::starting_at(Timestamp::from_second(2_000_000_000).unwrap()));
         let runtime = FakeRuntime::new(Arc::clone(&clock));
         for (rpc, millis) in [("RunPodSandbox", 140), ("CreateContainer", 10), ("StartContainer", 75)] {
             runtime.latency(rpc, Duration::from_millis(millis));
         }
+        runtime.image("busybox:1", ImageScript::Present);
+        let root = tempfile::tempdir().unwrap();
         Self {
             runtime,
-            volumes: Arc::default(),
+            volumes: Arc::new(MemoryVolumes {
+                pods: root.path().join("kubelet/pods"),
+                mounted: Mutex::default(),
+                broken: Mutex::default(),
+                hung: Mutex::default(),
+            }),
             cgroups: Arc::default(),
             events: Arc::default(),
             clock,
-            root: tempfile::tempdir().unwrap(),
+            root,
         }
     }
 
@@ -335,7 +344,7 @@ impl Rig {
         workers.start(Arc::new(parts));
         let metrics = Arc::new(CriMetrics::new(&registry).unwrap());
         tokio::spawn(follow(runtime, Arc::clone(&runtime_store), FollowSettings::default(), metrics, cancel.clone()));
-        Process { workers, store, runtime_store, api, facts, registry, wakes, cancel }
+        Process { workers, store, runtime_store, api, _facts: facts, registry, wakes, cancel }
     }
 
     fn settings(&self) -> WorkerSettings {
@@ -406,7 +415,7 @@ pub async fn until(bound: Duration, what: &str, mut holds: impl FnMut() -> bool)
     let start = tokio::time::Instant::now();
     while !holds() {
         assert!(start.elapsed() < bound, "not within {bound:?}: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep((bound / 1000).max(Duration::from_millis(10))).await;
     }
     start.elapsed()
 }

@@ -141,8 +141,11 @@ def _client_certificate(folder: Path, days: int) -> tuple[Path, Path]:
     key, request, certificate = folder / "client.key", folder / "client.csr", folder / "client.crt"
     run(["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(request),
          "-subj", f"/O=system:nodes/CN=system:node:{layout.NODE_NAME}"])
+    # Extensions make it an X.509 v3 certificate, as every cluster's are.
+    extensions = folder / "client.ext"
+    extensions.write_text("extendedKeyUsage = clientAuth\n")
     run(["openssl", "x509", "-req", "-in", str(request), "-CA", f"{layout.PKI}/ca.crt", "-CAkey", f"{layout.PKI}/ca.key",
-         "-set_serial", "4711", "-days", str(days), "-out", str(certificate)])
+         "-set_serial", "4711", "-days", str(days), "-extfile", str(extensions), "-out", str(certificate)])
     return certificate, key
 
 

@@ -80,7 +80,7 @@ impl Credentials {
     pub(super) fn new(target: ApiTarget) -> Result<Self, ApiSetupError> {
         let identity = build(&target, None, 1)?;
         if let Some((certificate, _)) = &target.client_certificate {
-            refuse_expired(certificate)?;
+            report_expired(certificate)?;
         }
         Ok(Self { target, identity: Mutex::new(Arc::new(identity)), exec: tokio::sync::Mutex::default() })
     }
@@ -246,7 +246,7 @@ fn roots(target: &ApiTarget) -> Result<RootCertStore, ApiSetupError> {
     Ok(store)
 }
 
-fn refuse_expired(source: &PemSource) -> Result<(), ApiSetupError> {
+fn report_expired(source: &PemSource) -> Result<(), ApiSetupError> {
     let origin = source.origin();
     let chain = certificates(&origin, &read_pem(source)?)?;
     let wrong = |message: String| ApiSetupError::Pem { origin: origin.clone(), message };
@@ -255,8 +255,9 @@ fn refuse_expired(source: &PemSource) -> Result<(), ApiSetupError> {
         x509_parser::parse_x509_certificate(leaf).map_err(|e| wrong(format!("is no X.509 certificate: {e}")))?;
     let not_after = leaf.validity().not_after.timestamp();
     if not_after < SystemClock.now().wall.as_second() {
-        let at = Timestamp::from_second(not_after).map(|t| t.to_string()).unwrap_or_default();
-        return Err(ApiSetupError::Expired { origin, not_after: at });
+        // Not fatal: the file may be renewed under us, and what runs needs its probes meanwhile.
+        let not_after = Timestamp::from_second(not_after).map(|t| t.to_string()).unwrap_or_default();
+        tracing::error!(origin, not_after, "The client certificate has expired; the apiserver will refuse it");
     }
     Ok(())
 }

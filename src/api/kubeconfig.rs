@@ -24,8 +24,6 @@ pub enum ApiSetupError {
     Missing { file: PathBuf, kind: &'static str, name: String, field: String },
     #[error("kubeconfig {}: {field}: {message}", file.display())]
     Field { file: PathBuf, field: String, message: String },
-    #[error("client certificate in {origin} expired at {not_after}")]
-    Expired { origin: String, not_after: String },
     #[error("{origin}: {message}")]
     Pem { origin: String, message: String },
     #[error("user agent {0:?} is not a valid header value")]

@@ -249,7 +249,7 @@ fn new_sandbox(view: &PodView<'_>, pod: &Pod, runtime: &PodRuntime, attempt: u32
         return;
     }
     let inhabited = |sandbox: &&Sandbox| {
-        runtime.containers.iter().any(|c| c.sandbox_id == sandbox.id && c.state != ContainerState::Exited)
+        runtime.containers.iter().any(|c| c.sandbox_id == sandbox.id && c.state == ContainerState::Running)
     };
     let stale: Vec<String> = runtime
         .sandboxes
@@ -309,7 +309,7 @@ fn prune(view: &PodView<'_>, runtime: &PodRuntime, turn: &mut Turn) {
     let mut dead = Vec::new();
     for list in by_name.values_mut() {
         list.sort_by_key(|c| std::cmp::Reverse((c.attempt, c.created_at)));
-        dead.extend(list.iter().skip(2).filter(|c| c.state == ContainerState::Exited).map(|c| c.id.clone()));
+        dead.extend(list.iter().skip(2).filter(|c| c.state != ContainerState::Running).map(|c| c.id.clone()));
     }
     let latest = runtime.latest_sandbox().map(|s| s.id.as_str());
     let sandboxes: Vec<String> = runtime

@@ -291,6 +291,30 @@ fn p12_without_a_network_only_host_network_pods_get_a_sandbox() {
 }
 
 #[test]
+fn a_container_that_was_created_and_never_started_is_replaced_and_holds_up_no_end() {
+    for dies in [false, true] {
+        let mut world = simple("Always");
+        world.fates.insert("b".into(), Fate::Sticks);
+        while world.runtime.latest("b").is_none() {
+            world.turn();
+            let targets: Vec<_> = world.actions.keys().cloned().collect();
+            targets.iter().for_each(|t| world.end(t));
+        }
+        world.crash();
+        world.fates.clear();
+        if dies {
+            world.sandbox_dies();
+        } else {
+            world.desired = Known::Absent;
+            assert_eq!(world.settle().phase, Phase::Gone);
+            continue;
+        }
+        world.settle();
+        assert_eq!(world.running(), ["a", "b"]);
+    }
+}
+
+#[test]
 fn adoption_after_a_crash_touches_nothing() {
     let mut world = simple("Always");
     world.settle();
@@ -325,6 +349,8 @@ fn any_interleaving_ends_where_the_spec_says() {
                     _ => {}
                 }
             }
+            let fate = if random.random_range(0..8) == 0 { Fate::Sticks } else { Fate::Runs };
+            world.fates.insert("b".into(), fate);
             match random.random_range(0..30) {
                 0 => world.crash(),
                 1 => world.exit("a", random.random_range(0..2)),
@@ -347,6 +373,7 @@ fn any_interleaving_ends_where_the_spec_says() {
 
 fn calm_down(world: &mut World, seed: u64, policy: &str) {
     world.readable = true;
+    world.fates.remove("b");
     for _ in 0..8 {
         world.settle();
         world.pass(Duration::from_secs(400));

@@ -24,7 +24,7 @@ use crate::{
         self, ContainerAnnotations, SandboxInputs,
         termination_log::{self, Exit},
     },
-    cri::{Container, CriError, PodRuntime, Sandbox, v1},
+    cri::{Container, ContainerState, CriError, PodRuntime, Sandbox, v1},
     events::{EventType, Regarding},
     logs,
     network::{self, DnsWarning},
@@ -104,17 +104,24 @@ pub(super) async fn run(context: ActionContext, action: Action) {
     let outcome = perform(&context, &action).await;
     let touched =
         !matches!(action, Action::CreateCgroup | Action::MountVolumes | Action::RefreshVolumes | Action::TearDown);
-    let (mut seq, mut read) = (None, None);
+    let (mut seq, mut read, mut running) = (None, None, false);
     if touched {
         seq = (!matches!(action, Action::ReadRuntime)).then(|| context.parts.runtime_store.draw());
         match context.parts.runtime_store.refresh(&context.uid).await {
-            Ok(runtime) => read = Some(runtime.as_of),
+            Ok(runtime) => {
+                read = Some(runtime.as_of);
+                running = runtime.containers.iter().any(|c| c.state == ContainerState::Running);
+            }
             Err(error) => tracing::warn!(pod.uid = %context.uid, %error, "Reading the pod from the runtime failed"),
         }
     }
     // The read is all there is to a read.
     let outcome = match (&action, read) {
         (Action::ReadRuntime, None) => Outcome::Failed,
+        // Stopped, it says, and yet something runs: not again at once.
+        (Action::StopPod { .. } | Action::StopSandbox { .. }, _) if running && matches!(outcome, Outcome::Done) => {
+            Outcome::Failed
+        }
         _ => outcome,
     };
     let at = context.parts.clock.now().mono;

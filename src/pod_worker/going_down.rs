@@ -59,9 +59,11 @@ fn stop(view: &PodView<'_>, deadline: Instant, turn: &mut Turn) {
     }
     let none = PodRuntime::default();
     let runtime = runtime.unwrap_or(&none);
-    let quiet = runtime.containers.iter().all(|c| c.state == ContainerState::Exited)
+    // A container that was created and never started stays so when it is stopped: its stopped sandbox is the end of it.
+    let quiet = runtime.containers.iter().all(|c| c.state != ContainerState::Running)
         && runtime.sandboxes.iter().all(|s| !s.ready);
-    if quiet && (runtime.sandboxes.is_empty() || view.history.stopped) {
+    let nothing = runtime.sandboxes.is_empty() && runtime.containers.iter().all(|c| c.state == ContainerState::Exited);
+    if quiet && (nothing || view.history.stopped) {
         if !view.in_flight.contains_key(&Target::Stop) {
             turn.phase = Phase::Terminated;
         }

@@ -53,6 +53,8 @@ pub(super) enum Fate {
     Exits(i32),
     /// Fails before the container exists.
     Fails,
+    /// Is created and never started, as when the agent dies in between.
+    Sticks,
 }
 
 pub(super) struct World {
@@ -299,8 +301,14 @@ impl World {
         let history = self.history.containers.entry(name.to_owned()).or_default();
         history.start_failure = None;
         history.restart_of = None;
-        if let Fate::Exits(code) = fate {
-            self.exit(name, code);
+        match fate {
+            Fate::Exits(code) => self.exit(name, code),
+            Fate::Sticks => {
+                if let Some(container) = self.runtime.containers.last_mut() {
+                    container.state = ContainerState::Created;
+                }
+            }
+            Fate::Runs | Fate::Fails => {}
         }
     }
 
@@ -321,7 +329,8 @@ impl World {
         for container in &mut self.runtime.containers {
             let in_sandbox = sandboxes.contains(&container.sandbox_id);
             let named = containers.iter().any(|c| c.id == container.id);
-            if (named || in_sandbox) && container.state != ContainerState::Exited {
+            // As in containerd: what never started does not end.
+            if (named || in_sandbox) && container.state == ContainerState::Running {
                 container.state = ContainerState::Exited;
                 container.exit_code = 137;
                 container.finished_at = Some(now);

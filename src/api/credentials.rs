@@ -473,7 +473,6 @@ mod tests {
         std::fs::write(&cert, params.self_signed(&key).unwrap().pem() + &key.serialize_pem()).unwrap();
         let mut expired = target();
         expired.client_certificate = Some((PemSource::File(cert.clone()), PemSource::File(cert.clone())));
-        let message = Credentials::new(expired).err().unwrap().to_string();
-        assert_eq!(message, format!("client certificate in {} expired at 2020-02-01T00:00:00Z", cert.display()));
+        assert!(Credentials::new(expired).is_ok(), "the file may be renewed under a running agent");
     }
 }

@@ -248,7 +248,8 @@ impl StatusPublisher for ApiPublisher {
     }
 
     fn forget(&self, uid: &PodUid) {
-        if let Some(record) = self.0.lock().by_uid.remove(uid) {
+        let record = self.0.lock().by_uid.remove(uid);
+        if let Some(record) = record {
             record.news.notify_one();
         }
     }

@@ -186,10 +186,9 @@ impl PodCgroups for KubepodsCgroups {
                 .into_iter()
                 .map(|class| inner.pod_cgroup(class, &uid).path(inner.settings.driver))
                 .try_for_each(|path| inner.hierarchy.remove(&path))?;
-            match inner.burstable().remove(&uid) {
-                Some(_) if manages => inner.set_burstable_shares(),
-                _ => Ok(()),
-            }
+            // The lock is let go before the shares are summed up.
+            let counted = inner.burstable().remove(&uid).is_some();
+            if counted && manages { inner.set_burstable_shares() } else { Ok(()) }
         })
         .await
     }
@@ -468,6 +467,9 @@ mod tests {
         assert_eq!(uids, ["other", "u-1"]);
         cgroups.remove(&PodUid::from("other")).await.unwrap();
         assert_eq!(cgroups.list().await, [PodUid::from("u-1")]);
+        fs::remove_dir_all(&made).unwrap();
+        cgroups.remove(&PodUid::from("u-1")).await.unwrap();
+        assert_eq!(class(), super::super::cpu_weight(2).to_string(), "its class gives its shares back");
     }
 
     #[tokio::test]

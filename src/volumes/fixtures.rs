@@ -105,7 +105,8 @@ impl ReferencedObjects for Objects {
         found.ok_or_else(|| ApiError::NotFound { kind: "secret", name: name.to_owned() })
     }
     async fn service_account_token(&self, _: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError> {
-        if let Some(error) = self.token_failure.lock().unwrap().clone() {
+        let failure = self.token_failure.lock().unwrap().clone();
+        if let Some(error) = failure {
             return Err(error);
         }
         let count = self.tokens.fetch_add(1, Ordering::Relaxed) + 1;

@@ -122,7 +122,9 @@ def _reach_what_is_asked(cluster: Cluster, ns: str, wanted: dict[str, str | None
     try:
         cluster.wait(lambda: not missing(), PATIENCE, "every pod has reached what its spec asks", 0.5)
     except TimeoutError:
-        raise AssertionError(f"pods that are not (what they are, what they should be): {missing()}") from None
+        wrong = missing()
+        states = {pod["metadata"]["name"]: pod["status"].get("containerStatuses") for pod in cluster.list("pods", ns) if pod["metadata"]["name"] in wrong}
+        raise AssertionError(f"pods that are not (what they are, what they should be): {wrong}; their containers: {states}") from None
     for name in wanted:
         if wanted[name] == "Running":
             cluster.wait_ready(name, ns)

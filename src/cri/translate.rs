@@ -81,8 +81,15 @@ pub fn sandbox(status: v1::PodSandboxStatus) -> Sandbox {
     }
 }
 
+/// Its start was cut off, by the death of whoever asked for it: nothing of it ever ran, so it is no more than created. Any other
+/// failed start (no such executable, a bad mount) is an end of its own.
+fn start_cut_off(status: &v1::ContainerStatus) -> bool {
+    status.started_at == 0 && status.reason == "StartError" && status.message.contains("context canceled")
+}
+
 /// A container status. CRI does not put the sandbox's ID into it: the list does, or the event.
 pub fn container(status: v1::ContainerStatus, sandbox_id: &str) -> Container {
+    let state = if start_cut_off(&status) { ContainerState::Created } else { state(status.state) };
     let metadata = status.metadata.unwrap_or_default();
     let name = status.labels.get(CONTAINER_NAME_LABEL).cloned().unwrap_or(metadata.name);
     let image = status.image.unwrap_or_default();
@@ -91,7 +98,7 @@ pub fn container(status: v1::ContainerStatus, sandbox_id: &str) -> Container {
         name,
         attempt: metadata.attempt,
         sandbox_id: sandbox_id.to_owned(),
-        state: state(status.state),
+        state,
         created_at: created(status.created_at),
         started_at: from_cri_nanos(status.started_at),
         finished_at: from_cri_nanos(status.finished_at),
@@ -166,6 +173,26 @@ mod tests {
         let made = sandbox(status);
         assert_eq!(made.ips.iter().map(ToString::to_string).collect::<Vec<_>>(), ["fd00::1", "10.0.0.1"]);
         assert!(made.host_network && made.ready);
+    }
+
+    #[test]
+    fn a_start_that_was_cut_off_is_no_end() {
+        let failed = |message: &str, started_at| {
+            let status = v1::ContainerStatus {
+                state: v1::ContainerState::ContainerExited as i32,
+                reason: "StartError".into(),
+                message: message.into(),
+                exit_code: 128,
+                started_at,
+                ..Default::default()
+            };
+            container(status, "s").state
+        };
+        let cut = "failed to create containerd task: failed to create shim task: context canceled";
+        assert_eq!(failed(cut, 0), ContainerState::Created);
+        assert_eq!(failed(cut, 7), ContainerState::Exited);
+        let missing = "failed to create containerd task: exec: \"/nope\": no such file or directory";
+        assert_eq!(failed(missing, 0), ContainerState::Exited);
     }
 
     #[test]

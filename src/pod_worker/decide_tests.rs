@@ -315,6 +315,24 @@ fn a_container_that_was_created_and_never_started_is_replaced_and_holds_up_no_en
 }
 
 #[test]
+fn p23_a_start_that_was_cut_off_is_made_again_whatever_the_policy_and_is_no_restart() {
+    for policy in ["Always", "OnFailure", "Never"] {
+        let mut world = simple(policy);
+        world.fates.insert("b".into(), Fate::Sticks);
+        while world.runtime.latest("b").is_none() {
+            world.turn();
+            let targets: Vec<_> = world.actions.keys().cloned().collect();
+            targets.iter().for_each(|t| world.end(t));
+        }
+        world.crash();
+        world.fates.clear();
+        assert_eq!(world.settle().phase, Phase::Syncing, "{policy}");
+        assert_eq!(world.running(), ["a", "b"]);
+        assert_eq!(starts(&world), ["a 0", "b 0", "b 0"], "{policy}");
+    }
+}
+
+#[test]
 fn adoption_after_a_crash_touches_nothing() {
     let mut world = simple("Always");
     world.settle();

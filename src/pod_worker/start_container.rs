@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     containers::{self, ContainerInputs, as_map, termination_log},
-    cri::{Sandbox, v1},
+    cri::{ContainerState, Sandbox, v1},
     events::EventType,
     images::PresentImage,
     logs, network,
@@ -34,6 +34,7 @@ pub(super) async fn start(context: &ActionContext, name: &str, attempt: u32) -> 
     match start.run().await {
         Ok(()) => Outcome::Done,
         Err(Stop::Abandoned) => Outcome::Abandoned,
+        Err(Stop::NotYet) => Outcome::Failed,
         Err(Stop::Failed { waiting, retry_at }) => Outcome::StartFailed { waiting, retry_at },
     }
 }
@@ -48,7 +49,12 @@ pub(super) fn pod_ip(context: &ActionContext) -> Option<IpAddr> {
 
 enum Stop {
     Abandoned,
-    Failed { waiting: WaitingReason, retry_at: Option<Instant> },
+    /// What stands in the way is about to go: tried again soon, nothing to show.
+    NotYet,
+    Failed {
+        waiting: WaitingReason,
+        retry_at: Option<Instant>,
+    },
 }
 
 struct Start<'a> {
@@ -65,6 +71,7 @@ impl Start<'_> {
             .map_err(|message| self.config_failed("CreateContainerConfigError", message))?;
         let image = self.timed("image", self.image(&sandbox_config)).await?;
         let config = self.config(&image).await?;
+        self.remove_never_started().await?;
         let id = self.timed("create", self.create(config, sandbox_config)).await?;
         self.timed("start", self.start(&id)).await?;
         self.link_log(&id).await;
@@ -143,6 +150,21 @@ impl Start<'_> {
             cpu_cfs_period_micros: settings.cpu_cfs_period.as_micros() as i64,
         };
         containers::container_config_with(&inputs, &settings.container_policy).map_err(fail)
+    }
+
+    /// A container of this name that an earlier agent created and never started holds this attempt's name at the runtime.
+    async fn remove_never_started(&self) -> Result<(), Stop> {
+        let name = self.container.name();
+        let left =
+            self.context.runtime.containers.iter().filter(|c| c.name == name && c.state == ContainerState::Created);
+        for container in left {
+            let (runtime, id) = (Arc::clone(&self.context.parts.runtime), container.id.clone());
+            if let Err(error) = self.context.mutate(async move { runtime.remove_container(&id).await }).await {
+                tracing::warn!(pod.uid = %self.pod.uid(), container = container.id, %error, "Removing a container that never started failed");
+                return Err(Stop::NotYet);
+            }
+        }
+        Ok(())
     }
 
     fn pod_ips(&self) -> Vec<IpAddr> {

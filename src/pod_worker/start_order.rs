@@ -120,7 +120,7 @@ pub(super) fn containers(
     for (container, after) in candidates {
         let may = may_start(view, pod, container, after, rules, turn);
         if may && prepared && !starting && !turn.actions.iter().any(|a| matches!(a, Action::StartContainer { .. })) {
-            let attempt = runtime.latest(container.name()).map_or(0, |c| restart_count(c) + 1);
+            let attempt = runtime.latest(container.name()).map_or(0, next_attempt);
             let known = api_restart_count(pod, container.name()).filter(|_| attempt == 0);
             turn.actions.push(Action::StartContainer {
                 name: container.name().to_owned(),
@@ -129,6 +129,11 @@ pub(super) fn containers(
         }
     }
     waiting_reasons(view, pod, turn);
+}
+
+/// One more than the last, but what never ran is replaced under its own number: it was no start, so the next is no restart.
+fn next_attempt(latest: &Container) -> u32 {
+    restart_count(latest) + u32::from(latest.state != ContainerState::Created)
 }
 
 /// The number of restarts so far, from the runtime's annotation (contract P-23, P-27).

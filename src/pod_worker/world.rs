@@ -286,6 +286,7 @@ impl World {
         if fate == Fate::Fails {
             return self.start_failed(name);
         }
+        self.runtime.containers.retain(|c| c.name != name || c.state != ContainerState::Created);
         let twice = self.runtime.containers.iter().any(|c| c.name == name && c.attempt == attempt);
         assert!(!twice, "container {name} attempt {attempt} twice");
         let id = self.id("c");

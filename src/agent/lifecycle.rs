@@ -2,10 +2,12 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use k8s_openapi::api::core::v1::Node;
 use tokio::{signal::unix, sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    api::EventRecorder,
     config::CgroupDriver,
     cri::{RuntimeService, RuntimeStore},
     node::{self, Handshake},
@@ -38,6 +40,22 @@ pub(super) fn stop_on_signal(cancel: CancellationToken) -> io::Result<JoinHandle
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         cancel.cancel();
     }))
+}
+
+/// Gives events about the node its UID, once the Node has been seen.
+pub(super) async fn name_node(
+    recorder: Arc<EventRecorder>,
+    mut node: watch::Receiver<Option<Arc<Node>>>,
+    cancel: CancellationToken,
+) {
+    let seen = tokio::select! {
+        () = cancel.cancelled() => return,
+        seen = node.wait_for(Option::is_some) => seen,
+    };
+    let uid = seen.ok().and_then(|node| node.as_ref().and_then(|n| n.metadata.uid.clone()));
+    if let Some(uid) = uid {
+        recorder.set_node_uid(&uid);
+    }
 }
 
 /// Asks the runtime who it is until it answers (contract S-12). `None` when cancelled.

@@ -132,8 +132,9 @@ impl Agent {
         metrics.register_feature_gates(&config.feature_gates)?;
         let kubeconfig = config.flags.kubeconfig.as_deref().ok_or(AgentError::Standalone)?;
         let clients = ApiClients::connect(kubeconfig, &settings::api(&config))?;
-        let recorder: Arc<dyn EventSink> =
-            EventRecorder::start(&clients, &config.node_name, Arc::clone(&clock), cancel.clone());
+        clients.register_metrics(metrics.registry())?;
+        let api_recorder = EventRecorder::start(&clients, &config.node_name, Arc::clone(&clock), cancel.clone());
+        let recorder: Arc<dyn EventSink> = api_recorder.clone();
         let workers = PodWorkers::new();
         let wakes: Arc<dyn WakeSink> = Arc::new(WorkerWakes(Arc::clone(&workers)));
         let side = runtime_side(&config, &metrics, &wakes, &clock)?;
@@ -144,6 +145,7 @@ impl Agent {
         let background = TaskTracker::new();
         let cgroups = KubepodsCgroups::new(settings::cgroups(&config, handshake.cgroup_driver)?)?;
         let node = start_node(&config, &clients, &side, &cgroups, &recorder, &wakes, &clock, &cancel)?;
+        background.spawn(lifecycle::name_node(api_recorder, node.node.clone(), cancel.clone()));
         let objects: Arc<dyn ReferencedObjects> = Arc::new(ObjectCache::start(&clients, &wakes, cancel.clone()));
         let volumes: Arc<dyn PodVolumes> = Arc::new(NodeVolumes::new(
             settings::volumes(&config, node.facts.clone()),
@@ -154,6 +156,7 @@ impl Agent {
         ));
         let store = Arc::new(PodStore::new(&[PodSource::Api], Arc::clone(&wakes)));
         let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), cancel.clone());
+        publisher.register_metrics(metrics.registry())?;
         let probes = Arc::new(NodeProbes::new(
             Arc::clone(&side.runtime),
             Arc::clone(&recorder),

@@ -34,7 +34,7 @@ const PARALLEL_DETAILS: usize = 16;
 const EARLY_OOMS: usize = 64;
 /// A silent runtime makes the node NotReady after this long (contract P-08).
 const PLEG_THRESHOLD: Duration = Duration::from_secs(3 * 60);
-/// The same with an open event stream, when full lists are only a safety net (upstream's value for that mode).
+/// The same with an open event stream, when full lists are only a safety net every few minutes (ours: 1.37 has no such mode).
 const PLEG_THRESHOLD_WITH_EVENTS: Duration = Duration::from_secs(10 * 60);
 
 /// Why the node is not ready as far as the runtime's lists go (contract N-17: `PLEG is not healthy: …`).

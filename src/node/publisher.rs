@@ -33,6 +33,8 @@ const JITTER: f64 = 0.04;
 const FAST: Duration = Duration::from_millis(100);
 const FAST_LIMIT: Duration = Duration::from_secs(120);
 const FIRST_FAILURE_PAUSE: Duration = Duration::from_secs(1);
+/// A node that an earlier process left Ready stays so for this long while this one gathers its first answers.
+const TAKEOVER: Duration = Duration::from_secs(5);
 
 /// Reasons why the node is not healthy that no other input shows: `PLEG is not healthy: …`. Must not block.
 pub type HealthCheck = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
@@ -76,6 +78,7 @@ impl Publisher {
         if self.settings.register_node {
             self.register(&cancel).await;
         }
+        self.take_over().await;
         let mut node = self.object.subscribe();
         let started = self.clock.now().mono;
         let mut reports = Reports { last: None, delay: 0.0 };
@@ -124,6 +127,19 @@ impl Publisher {
             }
             Some(Registered::Existed(node)) => self.object.offer(node),
             None => {}
+        }
+    }
+
+    /// A restart of the agent is no reason to call a Ready node not ready: says nothing until all that readiness hangs on was asked.
+    async fn take_over(&mut self) {
+        let was_ready = |node: &Node| {
+            let conditions = node.status.iter().flat_map(|s| s.conditions.iter().flatten());
+            conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
+        };
+        let Some(left) = self.object.newest().filter(|node| was_ready(node)) else { return };
+        let until = self.clock.now().mono + TAKEOVER;
+        while !self.build(&left).ready && self.clock.now().mono < until {
+            tokio::time::sleep(FAST).await;
         }
     }
 

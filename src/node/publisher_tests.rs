@@ -123,6 +123,26 @@ async fn n19_registered_not_ready_then_ready_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn n19_a_restarted_agent_keeps_a_ready_node_ready_while_it_looks_around() {
+    for answers in [true, false] {
+        let first = start(FakeApi::default());
+        first.become_ready().await;
+        first.cancel.cancel();
+        let world = start(first.api.clone());
+        seconds(2).await;
+        assert_eq!(world.condition("Ready")["status"], "True", "not asked yet is not the same as not ready");
+        if answers {
+            world.runtime.send_replace(ready_for_test());
+            world.storage.send_replace(None);
+        }
+        seconds(4).await;
+        assert_eq!(world.condition("Ready")["status"], if answers { "True" } else { "False" });
+        assert_eq!(world.told("NodeNotReady"), usize::from(!answers));
+        world.cancel.cancel();
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn n19_nothing_new_is_not_sent_until_a_report_is_due() {
     let world = start(FakeApi::default());
     world.become_ready().await;

@@ -16,10 +16,10 @@ from e2e.harness import apiclient, layout
 from e2e.harness.apiclient import Event
 from e2e.harness.cluster import Cluster
 
-# Seconds. The kubelet asks its runtime every 5 s and tells of its node every 10 s.
+# Seconds, with room for a busy machine: what it took is printed. The kubelet asks its runtime every 5 s and tells of its node every 10 s.
 BOUNDS = {
     "kubelet": {"lease renewed": 12, "network lost": 30, "pods run once there is a network": 10, "runtime lost": 75},
-    "rkubelet": {"lease renewed": 12, "network lost": 30, "pods run once there is a network": 2, "runtime lost": 75},
+    "rkubelet": {"lease renewed": 12, "network lost": 30, "pods run once there is a network": 5, "runtime lost": 75},
 }
 RECOVERY_SECONDS = 60
 

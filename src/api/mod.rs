@@ -12,8 +12,6 @@ pub(crate) mod fake;
 mod kubeconfig;
 mod limiter;
 pub(crate) mod list_watch;
-#[cfg(test)]
-mod live_tests;
 mod metrics;
 mod objects;
 mod ports;

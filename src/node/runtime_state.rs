@@ -1,7 +1,7 @@
 //! What the container runtime says about itself: ready or not, network ready or not, handlers, features (contract S-12, N-12, N-17).
 //!
 //! In: CRI `Version`, `Status`, `RuntimeConfig`. Out: a [`RuntimeState`] in a watch channel. [`RuntimeState`] is pure; [`monitor`] asks every
-//! 5 s, every 500 ms while something is not ready (pods shall start within 2 s of a CNI configuration, and CRI has no event for it), and
+//! 5 s, every 200 ms while something is not ready (pods shall start within 2 s of a CNI configuration, and CRI has no event for it), and
 //! at once when poked.
 
 use std::{sync::Arc, time::Duration};
@@ -20,7 +20,7 @@ use crate::{
 };
 
 const POLL: Duration = Duration::from_secs(5);
-const POLL_NOT_READY: Duration = Duration::from_millis(500);
+const POLL_NOT_READY: Duration = Duration::from_millis(200);
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);
 /// Without a good Status for so long the runtime counts as down.
 const DOWN_AFTER: Duration = Duration::from_secs(30);

@@ -74,6 +74,9 @@ pub struct ServerParts {
     pub configz: serde_json::Value,
 }
 
+const PORT_TRIES: u32 = 20;
+const PORT_PAUSE: std::time::Duration = std::time::Duration::from_millis(250);
+
 /// Why 10250 cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -89,13 +92,22 @@ pub enum ServerError {
 pub async fn serve(settings: ServerSettings, parts: ServerParts, cancel: CancellationToken) -> Result<(), ServerError> {
     let authn = Arc::new(authn::Authn::new(settings.client_ca_file.clone(), settings.anonymous)?);
     let keys = Arc::new(tls::ServingKeys::load(&settings, parts.clock.now().wall)?);
-    let listener = TcpListener::bind(settings.listen)
-        .await
-        .map_err(|source| ServerError::Listen { address: settings.listen, source })?;
+    let listener = listen(settings.listen).await?;
     let doors = Arc::new(Doors { parts, authn });
     tracing::info!(address = %settings.listen, "Started kubelet server");
     connection::accept_tls(listener, keys, doors, cancel).await;
     Ok(())
+}
+
+/// An agent that is being replaced may still hold the port for a moment: worth waiting for, not worth ending for.
+async fn listen(address: SocketAddr) -> Result<TcpListener, ServerError> {
+    for _ in 0..PORT_TRIES {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => tokio::time::sleep(PORT_PAUSE).await,
+            bound => return bound.map_err(|source| ServerError::Listen { address, source }),
+        }
+    }
+    TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })
 }
 
 /// 10250's request handling.

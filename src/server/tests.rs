@@ -574,3 +574,14 @@ async fn e07_a_runtime_that_does_not_listen_or_refuses_is_told_as_it_is() {
     let not_switched = ask().await;
     assert!(not_switched.ends_with("invalid upgrade response: status code 200\n"), "{not_switched}");
 }
+
+#[tokio::test]
+async fn s21_a_port_that_is_just_being_left_is_waited_for() {
+    let occupant = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = occupant.local_addr().unwrap();
+    let waiting = tokio::spawn(listen(address));
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished());
+    drop(occupant);
+    assert_eq!(waiting.await.unwrap().unwrap().local_addr().unwrap(), address);
+}

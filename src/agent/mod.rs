@@ -22,7 +22,7 @@ use crate::{
     pod_worker::{PodWorkers, StartGate, WorkerParts, WorkerWakes},
     pods::{PodSource, PodStore, sources},
     probes::NodeProbes,
-    resources::KubepodsCgroups,
+    resources::{KubepodsCgroups, LedgerParts, PodLedger},
     server,
     telemetry::{Metrics, Verbosity, WorkerMetrics},
     time::{Clock, SystemClock},
@@ -172,6 +172,16 @@ impl Agent {
             Arc::clone(&clock),
         ));
         let mutations = TaskTracker::new();
+        let ledger = PodLedger::new(LedgerParts {
+            policy: settings::resize(&config, cgroups.is_v2()),
+            directory: Some(config.root_directory().to_owned()),
+            store: Arc::clone(&store),
+            node: node.facts.clone(),
+            wakes: Arc::clone(&wakes),
+            events: Arc::clone(&recorder),
+            clock: Arc::clone(&clock),
+        });
+        background.spawn(ledger.clone().run(cancel.clone()));
         let parts = Arc::new(WorkerParts {
             settings: settings::workers(&config, &handshake, clock.now().wall),
             clock: Arc::clone(&clock),
@@ -185,6 +195,7 @@ impl Agent {
             publisher: Arc::new(publisher.clone()),
             events: Arc::clone(&recorder),
             cgroups: Arc::new(cgroups.clone()),
+            ledger,
             node: node.facts.clone(),
             gate: StartGate::new(settings::gate_width()),
             metrics: Arc::new(WorkerMetrics::new(metrics.registry())?),

@@ -19,7 +19,7 @@ use crate::{
     network::DnsSettings,
     node::{Handshake, HostPaths, Machine, MachineError, NodeFacts, NodeSettings},
     pod_worker::{WorkerSettings, backoff::BackoffLimits, decide::Rules},
-    resources::CgroupSettings,
+    resources::{CgroupSettings, allocation::ResizePolicy},
     server::ServerSettings,
     volumes::VolumeSettings,
 };
@@ -58,6 +58,18 @@ pub(super) fn cgroups(config: &Config, driver: CgroupDriver) -> Result<CgroupSet
     Ok(CgroupSettings::from_config(config, driver, Path::new("/sys/fs/cgroup"), page_sizes))
 }
 
+/// What decides about resizes in place (contract P-70).
+pub(super) fn resize(config: &Config, cgroup_v2: bool) -> ResizePolicy {
+    let (kubelet, gates) = (&config.kubelet, &config.feature_gates);
+    ResizePolicy {
+        static_cpus: kubelet.cpu_manager_policy == "static" && !gates.enabled("InPlacePodVerticalScalingExclusiveCPUs"),
+        static_memory: kubelet.memory_manager_policy == "Static"
+            && !gates.enabled("InPlacePodVerticalScalingExclusiveMemory"),
+        pod_level: gates.enabled("InPlacePodLevelResourcesVerticalScaling"),
+        limited_swap: cgroup_v2 && kubelet.memory_swap.swap_behavior == "LimitedSwap",
+    }
+}
+
 pub(super) fn volumes(config: &Config, node: watch::Receiver<Arc<NodeFacts>>) -> VolumeSettings {
     VolumeSettings {
         root_dir: config.root_directory().to_owned(),
@@ -94,6 +106,9 @@ pub(super) fn workers(config: &Config, handshake: &Handshake, process_started: T
         container_policy: ContainerPolicy {
             seccomp_default: config.seccomp_default(),
             single_process_oom_kill: kubelet.single_process_oom_kill.unwrap_or(false),
+            memory_qos: config.feature_gates.enabled("MemoryQoS"),
+            memory_reservation: kubelet.memory_reservation_policy == "TieredReservation",
+            memory_throttling_factor: kubelet.memory_throttling_factor,
             ..ContainerPolicy::default()
         },
         cpu_cfs_quota: kubelet.cpu_cfs_quota,
@@ -113,8 +128,13 @@ fn dns(config: &Config) -> DnsSettings {
 }
 
 pub(super) fn node(config: &Config) -> NodeSettings {
-    // Nothing is declared that does not work yet (contract N-13).
-    NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), Vec::new())
+    NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), declared_features(config))
+}
+
+/// What of Kubernetes' declared features works here; the scheduler and the apiserver rely on it (contract N-13).
+fn declared_features(config: &Config) -> Vec<String> {
+    let known = ["InPlacePodLevelResourcesVerticalScaling", "InPlacePodVerticalScalingInitContainers"];
+    known.into_iter().filter(|name| config.feature_gates.enabled(name)).map(str::to_owned).collect()
 }
 
 /// 10250.

@@ -32,5 +32,5 @@ pub use labels::{
 };
 pub use log_paths::{container_log_directory, container_log_link, container_log_path, pod_log_directory};
 pub use ports::{ConfigError, ContainerInputs, SandboxInputs, as_map};
-pub use resources::container_resources;
+pub use resources::{container_resources, resized_resources, sandbox_resources};
 pub use sandbox::sandbox_config;

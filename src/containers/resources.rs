@@ -11,8 +11,8 @@ use crate::{
     pods::{ContainerRef, Pod},
     quantity::Quantity,
     resources::{
-        QosClass, ResourceList, cpu_quota, cpu_shares, hugepage_size, is_critical, oom_score_adj, pod_limits,
-        pod_requests, qos_class, resource_list,
+        ContainerSize, QosClass, ResourceList, cpu_quota, cpu_shares, hugepage_size, is_critical, oom_score_adj,
+        pod_limits, pod_requests, qos_class, resource_list,
     },
 };
 
@@ -24,9 +24,32 @@ pub(super) const DEFAULT_PERIOD_MICROS: i64 = 100_000;
 
 /// CPU shares, quota and period, memory limit, OOM score, huge page limits, and the files of cgroup v2.
 pub fn container_resources(inputs: &ContainerInputs<'_>, policy: &ContainerPolicy) -> v1::LinuxContainerResources {
-    let ContainerInputs { pod, container, node, .. } = *inputs;
-    let asked = Asked::of(pod, container);
     let period = inputs.cpu_cfs_quota.then_some(inputs.cpu_cfs_period_micros);
+    runtime_resources(inputs.pod, inputs.container, inputs.node, period, policy)
+}
+
+/// The same for a running container that is resized to this size (contract P-71). `period_micros` `None`: CFS quota is switched off.
+pub fn resized_resources(
+    pod: &Pod,
+    container: ContainerRef<'_>,
+    size: &ContainerSize,
+    node: &NodeFacts,
+    period_micros: Option<i64>,
+    policy: &ContainerPolicy,
+) -> v1::LinuxContainerResources {
+    let mut spec = container.spec.clone();
+    spec.resources = Some(size.requirements(spec.resources.as_ref()));
+    runtime_resources(pod, ContainerRef { spec: &spec, ..container }, node, period_micros, policy)
+}
+
+fn runtime_resources(
+    pod: &Pod,
+    container: ContainerRef<'_>,
+    node: &NodeFacts,
+    period: Option<i64>,
+    policy: &ContainerPolicy,
+) -> v1::LinuxContainerResources {
+    let asked = Asked::of(pod, container);
     let mut resources = linux_resources(asked.cpu_request, asked.cpu_limit, asked.memory_limit, period);
     resources.oom_score_adj = oom_score_adj(pod, container, node_memory(node));
     resources.hugepage_limits = hugepage_limits(pod, container.spec.resources.as_ref(), node);
@@ -92,7 +115,7 @@ fn linux_resources(
 }
 
 /// The whole pod without its overhead, and the overhead: for runtimes that size a VM by them.
-pub(super) fn sandbox_resources(pod: &Pod) -> (v1::LinuxContainerResources, v1::LinuxContainerResources) {
+pub fn sandbox_resources(pod: &Pod) -> (v1::LinuxContainerResources, v1::LinuxContainerResources) {
     let overhead = resource_list(pod.spec().overhead.as_ref());
     let less = |list: &ResourceList, name: &str| {
         list.get(name).map(|amount| overhead.get(name).map_or(*amount, |over| amount.sub(over)))

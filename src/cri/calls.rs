@@ -118,6 +118,26 @@ impl RuntimeService for CriClient {
         ))
     }
 
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: v1::UpdatePodSandboxResourcesRequest,
+    ) -> Result<(), CriError> {
+        let deadline = Some(self.timeout);
+        let answer = call!(
+            self.runtime,
+            update_pod_sandbox_resources,
+            "UpdatePodSandboxResources",
+            "update_podsandbox_resources",
+            deadline,
+            request
+        );
+        match answer {
+            // containerd before 2.3 says it with code Unknown.
+            Err(error) if error.code != Code::Unimplemented && !error.message.contains("not implemented") => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     async fn pod_sandbox_status(&self, sandbox_id: &str) -> Result<v1::PodSandboxStatus, CriError> {
         const NAME: &str = "PodSandboxStatus";
         let message = v1::PodSandboxStatusRequest { pod_sandbox_id: sandbox_id.to_owned(), verbose: false };

@@ -23,6 +23,9 @@ pub trait RuntimeService: Send + Sync + 'static {
     /// Only its return means stopped; it is idempotent, and NotFound counts as done.
     async fn stop_pod_sandbox(&self, sandbox_id: &str) -> Result<(), CriError>;
     async fn remove_pod_sandbox(&self, sandbox_id: &str) -> Result<(), CriError>;
+    /// Tells the runtime of a pod's new resources. Most runtimes have not got it; what they answer then counts as done.
+    async fn update_pod_sandbox_resources(&self, request: v1::UpdatePodSandboxResourcesRequest)
+    -> Result<(), CriError>;
     async fn pod_sandbox_status(&self, sandbox_id: &str) -> Result<v1::PodSandboxStatus, CriError>;
     async fn list_pod_sandbox(&self, filter: Option<v1::PodSandboxFilter>) -> Result<Vec<v1::PodSandbox>, CriError>;
 

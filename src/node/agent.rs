@@ -30,7 +30,7 @@ use crate::{
     api::ApiClients,
     cri::{ImageService, RuntimeService},
     events::{EventSink, EventType, Regarding},
-    resources::KubepodsCgroups,
+    resources::{KubepodsCgroups, ReservedCgroup},
     time::Clock,
     wake::WakeSink,
 };
@@ -93,6 +93,12 @@ impl NodeAgent {
         tasks.spawn(enforce(
             parts.cgroups.clone(),
             Arc::clone(&settings),
+            Arc::clone(&parts.events),
+            parts.cancel.clone(),
+        ));
+        tasks.spawn(enforce_reserved(
+            parts.cgroups.clone(),
+            settings.reserved_cgroups.clone(),
             Arc::clone(&parts.events),
             parts.cancel.clone(),
         ));
@@ -306,6 +312,44 @@ async fn enforce(
                 tracing::error!(%error, "cannot limit the kubepods cgroup");
                 events.event(Regarding::Node, EventType::Warning, "FailedNodeAllocatableEnforcement", message);
             }
+        }
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(ENFORCE_RETRY) => {}
+        }
+    }
+}
+
+/// Limits the cgroups of the system's and Kubernetes' daemons (contract R-08). What fails is told and tried again: a node whose daemons are
+/// not limited is better than none.
+async fn enforce_reserved(
+    cgroups: KubepodsCgroups,
+    mut left: Vec<ReservedCgroup>,
+    events: Arc<dyn EventSink>,
+    cancel: CancellationToken,
+) {
+    loop {
+        let mut failed = Vec::new();
+        for reserved in left {
+            let (title, cgroup) = (reserved.title, reserved.cgroup.clone());
+            match cgroups.enforce_reserved(reserved.clone()).await {
+                Ok(()) => {
+                    let level = title.split(' ').next().unwrap_or_default().to_lowercase();
+                    let message = format!("Updated limits on {level} reserved cgroup {cgroup}");
+                    events.event(Regarding::Node, EventType::Normal, "NodeAllocatableEnforced", message);
+                }
+                Err(error) => {
+                    let message = format!("Failed to enforce {title} Cgroup Limits on {cgroup:?}: {error}");
+                    tracing::error!("{message}");
+                    events.event(Regarding::Node, EventType::Warning, "FailedNodeAllocatableEnforcement", message);
+                    failed.push(reserved);
+                }
+            }
+        }
+        left = failed;
+        if left.is_empty() {
+            return;
         }
         tokio::select! {
             biased;

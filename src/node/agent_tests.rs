@@ -35,6 +35,9 @@ fn start(standalone: bool) -> World {
         cpu_cfs_quota: true,
         cpu_cfs_period_micros: 100_000,
         hugepage_sizes: vec![],
+        systemd_socket: "/none".into(),
+        memory_reservation: false,
+        memory_throttling_factor: None,
     })
     .unwrap();
     let (api, cancel) = (FakeApi::default(), CancellationToken::new());

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     cli::kubelet_version,
     config::{CloudProvider, Config, HostFacts, Threshold},
+    resources::ReservedCgroup,
 };
 
 /// Settings of the node room. Flags and fields are named in each line.
@@ -43,6 +44,8 @@ pub struct NodeSettings {
     pub thresholds: Vec<Threshold>,
     /// `enforceNodeAllocatable` contains `pods`
     pub enforce_pods: bool,
+    /// `enforceNodeAllocatable`'s other levels
+    pub reserved_cgroups: Vec<ReservedCgroup>,
     /// `evictionPressureTransitionPeriod`
     pub pressure_transition: Duration,
     /// `localStorageCapacityIsolation`
@@ -93,6 +96,7 @@ impl NodeSettings {
             },
             thresholds: config.eviction_thresholds.clone(),
             enforce_pods: kubelet.enforce_node_allocatable.iter().any(|key| key == "pods"),
+            reserved_cgroups: ReservedCgroup::from_config(config),
             pressure_transition: kubelet.eviction_pressure_transition_period.std(),
             local_storage_isolation: kubelet.local_storage_capacity_isolation,
             lease_seconds: kubelet.node_lease_duration_seconds,
@@ -126,6 +130,7 @@ pub(super) fn test_settings() -> NodeSettings {
         reservations: Reservations::default(),
         thresholds: vec![],
         enforce_pods: true,
+        reserved_cgroups: Vec::new(),
         pressure_transition: Duration::from_secs(300),
         local_storage_isolation: true,
         lease_seconds: 40,

@@ -2,14 +2,22 @@
 
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
-use super::generate::StatusInput;
+use super::{generate::StatusInput, resources};
 use crate::{
     pod_worker::decide::{SandboxState, sandbox_state},
     pods::{ContainerKind, ContainerRef},
 };
 
 /// The types that this agent writes; all others belong to somebody else and pass through.
-pub const OWNED: [&str; 5] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+pub const OWNED: [&str; 7] = [
+    "PodReadyToStartContainers",
+    "Initialized",
+    "Ready",
+    "ContainersReady",
+    "PodScheduled",
+    "PodResizePending",
+    "PodResizeInProgress",
+];
 
 struct Verdict {
     ok: bool,
@@ -33,6 +41,7 @@ pub(super) fn generate(input: &StatusInput<'_>, status: &PodStatus) -> Vec<PodCo
     let phase = status.phase.as_deref().unwrap_or("Pending");
     let containers_ready = containers_ready(input, status, phase);
     let ready = if containers_ready.ok { readiness_gates(input, &list) } else { None };
+    list.extend(resources::conditions(input));
     let ready = ready.unwrap_or_else(|| Verdict {
         ok: containers_ready.ok,
         reason: containers_ready.reason,

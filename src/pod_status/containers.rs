@@ -7,7 +7,10 @@ use k8s_openapi::api::core::v1::{
     ContainerStatus, ContainerUser, LinuxContainerUser, PodStatus, VolumeMountStatus,
 };
 
-use super::generate::{StatusInput, time};
+use super::{
+    generate::{StatusInput, time},
+    resources,
+};
 use crate::{
     cri::{Container, ContainerState},
     pod_worker::{
@@ -157,7 +160,7 @@ fn observed_status(
         state: Some(if post_start { default_waiting(input) } else { api_state(input, latest, old) }),
         last_state: Some(last_state),
         volume_mounts: old.and_then(|o| o.volume_mounts.clone()).or_else(|| volume_mounts(container)),
-        resources: container.spec.resources.clone(),
+        resources: resources::container(input, container.spec.resources.as_ref(), latest, old),
         allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
         user: latest.user.as_ref().map(|(uid, gid, groups)| ContainerUser {
             linux: Some(LinuxContainerUser { uid: *uid, gid: *gid, supplemental_groups: Some(groups.clone()) }),

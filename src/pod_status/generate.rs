@@ -11,7 +11,10 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::{api::core::v1 as corev1, apimachinery::pkg::apis::meta::v1::Time};
 
-use super::{conditions, containers, phase};
+use super::{
+    conditions, containers, phase,
+    resources::{self, ResourceView},
+};
 use crate::{
     cri::PodRuntime,
     node::NodeFacts,
@@ -25,7 +28,9 @@ use crate::{
 #[derive(Clone, Copy)]
 pub struct StatusInput<'a> {
     pub now: Now,
+    /// With the resources that it is allocated.
     pub pod: &'a Pod,
+    pub resources: ResourceView<'a>,
     /// The last status generated here, or the API's when there is none.
     pub last: &'a corev1::PodStatus,
     /// `None`: the runtime has not been read; container states stay as they were.
@@ -60,6 +65,7 @@ pub fn generate(input: &StatusInput<'_>) -> corev1::PodStatus {
     set_phase(input, &mut status);
     status.conditions = Some(conditions::generate(input, &status));
     set_addresses(input, &mut status);
+    resources::pod(input, &mut status);
     status
 }
 

@@ -7,9 +7,11 @@ mod patch;
 mod phase;
 mod ports;
 mod publisher;
+mod resources;
 
 pub use conditions::OWNED as OWNED_CONDITIONS;
 pub use generate::{StatusInput, generate, sorted_ips};
 pub use patch::patch_for;
 pub use ports::StatusPublisher;
 pub use publisher::ApiPublisher;
+pub use resources::ResourceView;

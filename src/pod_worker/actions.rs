@@ -5,7 +5,12 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::view::{Target, WaitingReason};
-use crate::{cri::Seq, events::EventType, volumes::MountedVolumes};
+use crate::{
+    cri::Seq,
+    events::EventType,
+    resources::{PodSize, resize_plan::ContainerUpdate},
+    volumes::MountedVolumes,
+};
 
 /// One step on behalf of a pod. Carried out by the shell, one per [`Target`] at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +38,11 @@ pub enum Action {
         container: ContainerToStop,
         message: String,
         restart: bool,
+    },
+    /// Put the allocation into force. `pod`: the pod's own cgroup too, and its size then.
+    Resize {
+        updates: Vec<ContainerUpdate>,
+        pod: Option<PodSize>,
     },
     /// Kill everything of the pod: preStop hooks, ordered SIGTERM, SIGKILL at the deadline, then the sandboxes.
     StopPod {
@@ -63,6 +73,7 @@ impl Action {
             Self::CreateSandbox { .. } | Self::StopSandbox { .. } => Target::Sandbox,
             Self::StartContainer { name, .. } => Target::Container(name.clone()),
             Self::KillContainer { container, .. } => Target::Container(container.name.clone()),
+            Self::Resize { .. } => Target::Resize,
             Self::StopPod { .. } => Target::Stop,
             Self::Prune { .. } => Target::Prune,
             Self::TearDown | Self::RemoveRuntime { .. } => Target::Remove,
@@ -78,6 +89,7 @@ impl Action {
             Self::StopSandbox { .. } => "stop_sandbox",
             Self::StartContainer { .. } => "start_container",
             Self::KillContainer { .. } => "kill_container",
+            Self::Resize { .. } => "resize",
             Self::StopPod { .. } => "stop_pod",
             Self::Prune { .. } => "prune",
             Self::TearDown => "tear_down",

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     actions::{Action, ContainerToStop, Note},
     backoff::BackoffLimits,
-    going_down, start_order,
+    going_down, resize, start_order,
     view::{EndCause, Ending, KillOrder, Known, Phase, PodView, Target, Volumes, WaitingReason},
 };
 use crate::{
@@ -201,7 +201,9 @@ fn sync(view: &PodView<'_>, pod: &Pod, rules: &Rules) -> Turn {
     };
     match sandbox_state(pod, &runtime) {
         SandboxState::Usable(sandbox) => {
-            start_order::containers(view, pod, &runtime, sandbox, rules, prepared, &mut turn);
+            // Whatever starts must find the pod's cgroup large enough.
+            let sized = resize::decide(view, pod, &runtime, &mut turn);
+            start_order::containers(view, pod, &runtime, sandbox, rules, prepared && sized, &mut turn);
             prune(view, &runtime, &mut turn);
         }
         SandboxState::Needed { attempt, .. } => {

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     actions::{Action, Ended, Outcome},
     registry::{Slot, WorkerParts},
-    start_container,
+    resize_action, start_container,
     start_gate::Order,
     stop,
 };
@@ -30,6 +30,7 @@ use crate::{
     network::{self, DnsWarning},
     node::NodeFacts,
     pods::{Pod, PodUid},
+    resources::resize_plan,
     volumes::MountedVolumes,
 };
 
@@ -139,6 +140,7 @@ async fn perform(context: &ActionContext, action: &Action) -> Outcome {
         Action::StopSandbox { ids, containers } => stop::stop_sandbox(context, ids, containers).await,
         Action::StartContainer { name, attempt } => start_container::start(context, name, *attempt).await,
         Action::KillContainer { container, message, .. } => stop::kill_container(context, container, message).await,
+        Action::Resize { updates, pod } => resize_action::resize(context, updates, pod.is_some()).await,
         Action::StopPod { containers, sandboxes, deadline } => {
             stop::stop_pod(context, containers, sandboxes, *deadline).await
         }
@@ -150,8 +152,19 @@ async fn perform(context: &ActionContext, action: &Action) -> Outcome {
 
 async fn create_cgroup(context: &ActionContext) -> Outcome {
     let Some(pod) = &context.pod else { return Outcome::Abandoned };
-    match context.parts.cgroups.create(pod).await {
-        Ok(()) => Outcome::Done,
+    let cgroups = &context.parts.cgroups;
+    match cgroups.create(pod).await {
+        Ok(()) => {
+            let ledger = &context.parts.ledger;
+            // One that was there before this process may have been left in the middle of a resize.
+            if !context.runtime.sandboxes.is_empty()
+                && resize_plan::settled(pod, &ledger.actuated(pod.uid()), ledger.pod_level())
+                && let Err(error) = cgroups.reconcile(pod).await
+            {
+                tracing::warn!(pod.uid = %pod.uid(), %error, "Comparing the pod's cgroup with its resources failed");
+            }
+            Outcome::Done
+        }
         Err(error) => {
             let message = format!(
                 "failed to ensure that the pod: {} cgroups exist and are correctly applied: {error}",

@@ -11,6 +11,8 @@ pub mod execute;
 mod going_down;
 pub mod hooks;
 pub mod registry;
+mod resize;
+mod resize_action;
 pub mod restart;
 mod start_container;
 pub mod start_gate;
@@ -24,5 +26,7 @@ pub use start_gate::StartGate;
 
 #[cfg(test)]
 mod decide_tests;
+#[cfg(test)]
+mod resize_tests;
 #[cfg(test)]
 mod world;

@@ -18,6 +18,7 @@ use crate::{
     images::PresentImage,
     logs, network,
     pods::{ContainerRef, Pod},
+    resources::ContainerSize,
 };
 
 /// A failed start is tried again after this long, unless the reason has a time of its own (contract P-06).
@@ -72,6 +73,7 @@ impl Start<'_> {
         let image = self.timed("image", self.image(&sandbox_config)).await?;
         let config = self.config(&image).await?;
         self.remove_never_started().await?;
+        self.record_resources().await?;
         let id = self.timed("create", self.create(config, sandbox_config)).await?;
         self.timed("start", self.start(&id)).await?;
         self.link_log(&id).await;
@@ -163,6 +165,20 @@ impl Start<'_> {
                 tracing::warn!(pod.uid = %self.pod.uid(), container = container.id, %error, "Removing a container that never started failed");
                 return Err(Stop::NotYet);
             }
+        }
+        Ok(())
+    }
+
+    /// What the container is made with is in force from here on. A change is on disk before the container is there, or the agent's death
+    /// would have it restarted once more.
+    async fn record_resources(&self) -> Result<(), Stop> {
+        let ledger = &self.context.parts.ledger;
+        let own = self.container.spec.resources.as_ref();
+        let size = ContainerSize::of(own, self.pod.spec().resources.as_ref());
+        let changed = ledger.container_actuated(self.pod.uid(), self.container.name(), size.requirements(own));
+        if changed && !ledger.persisted().await {
+            let message = "failed to save pod resource information checkpoint".to_owned();
+            return Err(self.config_failed("CreateContainerConfigError", message));
         }
         Ok(())
     }

@@ -18,8 +18,12 @@ use crate::{
     events::EventType,
     pods::{ContainerKind, ContainerRef, Pod},
     probes::{Liveness, Startup},
+    resources::resize_plan::{ContainerNeed, container_need},
     time::Now,
 };
+
+/// Upstream's words for a kill that a `resizePolicy` asks for.
+const RESIZE_RESTART: &str = "resize requires restart";
 
 /// What is to be done about one container.
 enum Need<'a> {
@@ -208,7 +212,7 @@ fn need<'a>(
 ) -> Need<'a> {
     let Some(latest) = latest else { return Need::Start { after: None } };
     match latest.state {
-        ContainerState::Running => kill_need(view, latest, container, rules),
+        ContainerState::Running => kill_need(view, pod, latest, container, rules),
         ContainerState::Created if in_flight(view, container.name()) => Need::Nothing,
         ContainerState::Exited
             if !restarts_after(pod, container, latest.exit_code) && !restart_forced(view, latest) =>
@@ -219,12 +223,21 @@ fn need<'a>(
     }
 }
 
-fn kill_need<'a>(view: &PodView<'_>, latest: &'a Container, container: ContainerRef<'_>, rules: &Rules) -> Need<'a> {
+fn kill_need<'a>(
+    view: &PodView<'_>,
+    pod: &Pod,
+    latest: &'a Container,
+    container: ContainerRef<'_>,
+    rules: &Rules,
+) -> Need<'a> {
     let name = container.name();
     let noun = if container.kind == ContainerKind::Sidecar { "Init container" } else { "Container" };
     let hash = latest.annotations.get("io.kubernetes.container.hash");
     if hash.is_some_and(|h| *h != (rules.hash)(container.spec)) {
         return Need::Kill { container: latest, message: format!("{noun} {name} definition changed"), grace: None };
+    }
+    if container_need(pod, container, view.actuated) == ContainerNeed::Restart {
+        return Need::Kill { container: latest, message: format!("Container {name} {RESIZE_RESTART}"), grace: None };
     }
     let Some(verdicts) = view.verdicts.get(name).filter(|v| v.container_id == latest.id) else {
         return Need::Nothing;
@@ -255,8 +268,9 @@ fn act<'a, 'p>(
         Need::Nothing => {}
         Need::Start { after } => candidates.push((container, after)),
         Need::Kill { container: running, message, grace } => {
-            let restart = restarts_after_kill(pod, container) || message.ends_with("definition changed");
-            let message = if restart { format!("{message}, will be restarted") } else { message };
+            let resized = message.ends_with(RESIZE_RESTART);
+            let restart = restarts_after_kill(pod, container) || message.ends_with("definition changed") || resized;
+            let message = if restart && !resized { format!("{message}, will be restarted") } else { message };
             let grace = grace.map_or_else(|| pod.termination_grace(), |s| Duration::from_secs(s.max(0) as u64));
             let container =
                 ContainerToStop { id: running.id.clone(), name: running.name.clone(), grace, hook: true, rank: 0 };

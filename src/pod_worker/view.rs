@@ -19,6 +19,7 @@ use crate::{
     node::NodeFacts,
     pods::{Pod, PodUid},
     probes::ContainerVerdicts,
+    resources::{PodResources, PodSize},
     time::Now,
 };
 
@@ -101,6 +102,8 @@ pub enum Target {
     Volumes,
     Sandbox,
     Container(String),
+    /// Puts a new allocation into force: the pod's cgroup and running containers.
+    Resize,
     /// Stops everything of the pod.
     Stop,
     /// Removes what a terminated pod left: volumes, cgroup, containers and sandboxes.
@@ -168,6 +171,8 @@ pub struct History {
     /// `status.startTime`: from the API, or the moment this worker accepted the pod.
     pub started: Option<Timestamp>,
     pub cgroup_ready: bool,
+    /// What this process last resized the pod's cgroup to. `None`: it is as what is in force says.
+    pub cgroup_size: Option<PodSize>,
     pub volumes: Volumes,
     /// An object that a volume is made from changed, or a token is due.
     pub refresh: bool,
@@ -207,6 +212,7 @@ impl History {
             pod: None,
             started: None,
             cgroup_ready: false,
+            cgroup_size: None,
             volumes: Volumes::default(),
             refresh: false,
             refresh_at: None,
@@ -239,8 +245,12 @@ impl Default for History {
 pub struct PodView<'a> {
     pub now: Now,
     pub uid: &'a PodUid,
-    /// From the PodStore. `NotYet` until every source has delivered a complete list.
+    /// From the PodStore, with the resources that the pod is allocated. `NotYet` until every source has delivered a complete list.
     pub desired: Known<Pod>,
+    /// The resources that are in force.
+    pub actuated: &'a PodResources,
+    /// Pod-level resources are resized in place.
+    pub pod_level_resize: bool,
     /// From the RuntimeStore. `NotYet` until its first complete list, or while a read newer than the last action is missing.
     pub runtime: Known<Arc<PodRuntime>>,
     /// The runtime has been listed once as a whole: from then on reading a single pod makes sense.

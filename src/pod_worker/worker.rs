@@ -13,7 +13,7 @@ use super::{
     decide::{Turn, decide},
     execute::{self, ActionContext},
     registry::{PodWorkers, Slot, WorkerParts},
-    start_order,
+    resize, start_order,
     view::{History, Known, Phase, PodView, Retry, StartFailure, Target, Volumes},
 };
 use crate::{
@@ -114,6 +114,7 @@ impl Worker {
                 self.parts.objects.forget(&self.uid);
                 self.parts.images.forget(&self.uid);
                 self.parts.runtime_store.forget(&self.uid);
+                self.parts.ledger.forget(&self.uid);
                 return;
             }
         }
@@ -189,6 +190,7 @@ impl Worker {
         let history = &mut self.history;
         match (ended.action, ended.outcome) {
             (Action::CreateCgroup, Outcome::Done) => history.cgroup_ready = true,
+            (Action::Resize { pod: Some(size), .. }, Outcome::Done) => history.cgroup_size = Some(size),
             (Action::MountVolumes | Action::RefreshVolumes, Outcome::Volumes { mounted, refresh_in }) => {
                 if let Some(mounted) = mounted {
                     self.mounted = mounted;
@@ -236,10 +238,13 @@ impl Worker {
         let node = self.parts.node.borrow().clone();
         let verdicts = self.parts.probes.verdicts(&self.uid);
         let order = self.slot.order();
+        let actuated = self.parts.ledger.actuated(&self.uid);
         let view = PodView {
             now,
             uid: &self.uid,
             desired,
+            actuated: &actuated,
+            pod_level_resize: self.parts.ledger.pod_level(),
             runtime,
             listed: self.parts.runtime_store.complete(),
             node: &node,
@@ -251,6 +256,7 @@ impl Worker {
         };
         let mut turn = decide(&view, &self.parts.settings.rules);
         let settled = turn.phase == self.history.phase;
+        self.report_resize(&view, turn.phase);
         let runtime = view.runtime.is().cloned();
         let pod = view.desired.is().cloned();
         self.track_probes(pod.as_ref(), runtime.as_deref(), &node, &turn);
@@ -272,11 +278,26 @@ impl Worker {
         (turn.wake_at, settled)
     }
 
+    /// Tells the ledger how far the pod's resources are in force, and when they are free.
+    fn report_resize(&self, view: &PodView<'_>, phase: Phase) {
+        let ledger = &self.parts.ledger;
+        if phase >= Phase::Terminated {
+            return ledger.release(&self.uid);
+        }
+        if let (Phase::Syncing, Some(pod), Some(runtime)) = (phase, view.desired.is(), view.runtime.is()) {
+            ledger.progress(pod, resize::going_on(view, pod, runtime));
+        }
+    }
+
     fn read_desired(&mut self, now: Now) -> Known<Pod> {
         let snapshot = self.parts.store.snapshot(&self.uid);
-        let Some(pod) = snapshot.pod else {
+        let Some(asked) = snapshot.pod else {
             return if snapshot.complete { Known::Absent } else { Known::NotYet };
         };
+        let ended = matches!(asked.api_status().phase.as_deref(), Some("Succeeded" | "Failed"));
+        let syncing = self.history.phase == Phase::Syncing && asked.deletion_timestamp().is_none() && !ended;
+        let ledger = &self.parts.ledger;
+        let pod = if syncing { ledger.look(&asked) } else { ledger.frozen(&asked) };
         let first = self.history.pod.is_none();
         let changed = first || self.history.pod.as_ref().is_some_and(|p| !p.same_object(&pod));
         if first {
@@ -402,8 +423,14 @@ impl Worker {
             .iter()
             .filter_map(|(name, h)| Some((name.clone(), h.post_start_running.clone()?)))
             .collect();
+        let (resize, actuated) = (self.parts.ledger.conditions(&self.uid), self.parts.ledger.actuated(&self.uid));
         let status = pod_status::generate(&StatusInput {
             now,
+            resources: pod_status::ResourceView {
+                resize: &resize,
+                actuated: &actuated,
+                pod_level: self.parts.ledger.pod_level(),
+            },
             pod,
             last: &self.history.last_status,
             runtime,

@@ -24,6 +24,7 @@ use crate::{
     node::NodeFacts,
     pods::{Pod, PodSource, PodUid},
     probes::{ContainerVerdicts, Liveness, Readiness, Startup},
+    resources::{PodResources, PodSize, resize_plan::ContainerUpdate},
     time::Now,
 };
 
@@ -65,6 +66,8 @@ pub(super) struct World {
     pub runtime: PodRuntime,
     pub readable: bool,
     pub history: History,
+    /// In force: survives a crash of the agent.
+    pub actuated: PodResources,
     pub actions: BTreeMap<Target, Action>,
     pub verdicts: HashMap<String, ContainerVerdicts>,
     pub node: NodeFacts,
@@ -78,6 +81,7 @@ pub(super) struct World {
 impl World {
     pub fn new(pod: Pod) -> Self {
         Self {
+            actuated: PodResources::of(&pod, true),
             start: Instant::now() + Duration::from_secs(1_000_000),
             elapsed: Duration::ZERO,
             desired: Known::Is(pod),
@@ -113,6 +117,8 @@ impl World {
             now: self.now(),
             uid: &uid,
             desired: self.desired.clone(),
+            actuated: &self.actuated,
+            pod_level_resize: true,
             runtime,
             listed: true,
             node: &self.node,
@@ -235,11 +241,24 @@ impl World {
                 self.runtime.containers.retain(|c| !containers.contains(&c.id));
                 self.runtime.sandboxes.retain(|s| !sandboxes.contains(&s.id));
             }
+            Action::Resize { updates, pod } => self.resize(&updates, pod),
             Action::TearDown => self.history.torn_down = true,
             Action::RemoveRuntime { .. } => {
                 self.runtime = PodRuntime::default();
                 self.history.removed = true;
             }
+        }
+    }
+
+    fn resize(&mut self, updates: &[ContainerUpdate], pod: Option<PodSize>) {
+        for update in updates {
+            let alive = self.runtime.containers.iter().any(|c| c.id == update.id && c.state == ContainerState::Running);
+            assert!(alive, "an update of {} that does not run", update.name);
+            self.actuated.containers.insert(update.name.clone(), update.to.requirements(None));
+        }
+        if let (Some(size), Some(pod)) = (pod, &self.history.pod) {
+            self.history.cgroup_size = Some(size);
+            self.actuated.pod_level = pod.spec().resources.clone();
         }
     }
 
@@ -296,6 +315,8 @@ impl World {
             ("io.kubernetes.container.hash".to_owned(), image.clone()),
             ("io.kubernetes.container.restartCount".to_owned(), attempt.to_string()),
         ]);
+        let allocated = self.history.pod.as_ref().and_then(|p| p.container(name).map(|c| c.spec.resources.clone()));
+        self.actuated.containers.insert(name.to_owned(), allocated.flatten().unwrap_or_default());
         let now = self.now().wall;
         let container: Container = serde_container(id, name, attempt, sandbox_id, image, annotations, now);
         self.runtime.containers.push(container);
@@ -442,6 +463,10 @@ fn describe(action: &Action) -> String {
         Action::StartContainer { name, attempt } => format!("start {name} {attempt}"),
         Action::CreateSandbox { attempt } => format!("sandbox {attempt}"),
         Action::KillContainer { container, message, .. } => format!("kill {}: {message}", container.name),
+        Action::Resize { updates, pod } => {
+            let names: Vec<&str> = updates.iter().map(|u| u.name.as_str()).collect();
+            format!("resize [{}]{}", names.join(" "), if pod.is_some() { " and the pod" } else { "" })
+        }
         other => other.name().to_owned(),
     }
 }

@@ -73,6 +73,30 @@ impl Pod {
         Some(Self(Arc::new(Inner { uid, metadata, spec, status, source, seen })))
     }
 
+    /// The same pod with other resources: of each container that `containers` names, and of the pod as a whole.
+    #[must_use]
+    pub fn with_resources(
+        &self,
+        containers: &BTreeMap<String, corev1::ResourceRequirements>,
+        whole: Option<corev1::ResourceRequirements>,
+    ) -> Self {
+        let mut spec = self.0.spec.clone();
+        spec.resources = whole;
+        for container in spec.init_containers.iter_mut().flatten().chain(&mut spec.containers) {
+            if let Some(resources) = containers.get(&container.name) {
+                container.resources = Some(resources.clone());
+            }
+        }
+        Self(Arc::new(Inner {
+            uid: self.0.uid.clone(),
+            metadata: self.0.metadata.clone(),
+            spec,
+            status: self.0.status.clone(),
+            source: self.0.source,
+            seen: self.0.seen,
+        }))
+    }
+
     /// Both are the very same object in memory: nothing can have changed.
     pub fn same_object(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

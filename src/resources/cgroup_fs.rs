@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::qos::cpu_weight;
+use super::{qos::cpu_weight, resize_plan::PodCgroup};
 
 /// A step on the cgroup file system failed.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +43,10 @@ pub(super) struct Limits {
     pub pids: Option<i64>,
     /// Page size → bytes.
     pub hugepages: BTreeMap<i64, i64>,
-    /// Version 2 only: `memory.min`, `memory.low`.
+    /// Version 2 only: `memory.min`, `memory.low`, `memory.high`.
     pub memory_min: Option<i64>,
     pub memory_low: Option<i64>,
+    pub memory_high: Option<i64>,
 }
 
 /// What the kernel offers.
@@ -65,6 +66,8 @@ pub(super) enum Hierarchy {
 
 /// Controllers that the kubelet sets limits with.
 const MANAGED: [&str; 5] = ["cpu", "cpuset", "memory", "hugetlb", "pids"];
+/// `memory.limit_in_bytes` from here on means none.
+const NO_LIMIT_V1: i64 = i64::MAX - (1 << 20);
 const REMOVE_TRIES: u32 = 20;
 const REMOVE_PAUSE: Duration = Duration::from_millis(25);
 const KILL_TRIES: u32 = 5;
@@ -133,6 +136,11 @@ impl Hierarchy {
         }
     }
 
+    /// The cgroup exists in some tree.
+    pub(super) fn exists_anywhere(&self, path: &str) -> bool {
+        self.directories(path).iter().any(|directory| directory.is_dir())
+    }
+
     /// Makes the cgroup and its ancestors, with the controllers switched on all the way down.
     pub(super) fn create(&self, path: &str) -> Result<(), CgroupError> {
         let steps: Vec<&str> = path.split('/').filter(|s| !s.is_empty()).collect();
@@ -187,6 +195,43 @@ impl Hierarchy {
         text.and_then(|t| t.trim().parse::<u64>().ok()).is_none_or(|have| have < wanted)
     }
 
+    /// The limits in force on a pod's cgroup.
+    pub(super) fn pod_limits(&self, path: &str) -> Result<PodCgroup, CgroupError> {
+        let v2 = self.is_v2();
+        let memory = self.read("memory", path, if v2 { "memory.max" } else { "memory.limit_in_bytes" })?;
+        let (cpu_quota, cpu_period) = if v2 {
+            let text = self.read("cpu", path, "cpu.max")?;
+            let (quota, period) = text.split_once(' ').unwrap_or((text.as_str(), ""));
+            (quota.parse().ok(), period.parse().unwrap_or(100_000))
+        } else {
+            let period = self.read("cpu", path, "cpu.cfs_period_us")?;
+            (self.read("cpu", path, "cpu.cfs_quota_us")?.parse().ok(), period.parse().unwrap_or(100_000))
+        };
+        let share = self.read("cpu", path, if v2 { "cpu.weight" } else { "cpu.shares" })?;
+        Ok(PodCgroup {
+            // Version 1 shows no limit as the largest whole number of pages.
+            memory: memory.parse().ok().filter(|bytes| *bytes < NO_LIMIT_V1),
+            cpu_quota: cpu_quota.filter(|quota| *quota > 0),
+            cpu_period,
+            cpu_share: share.parse().unwrap_or(0),
+        })
+    }
+
+    /// Bytes of memory in use in the cgroup and below.
+    pub(super) fn memory_use(&self, path: &str) -> Option<u64> {
+        let file = if self.is_v2() { "memory.current" } else { "memory.usage_in_bytes" };
+        self.read("memory", path, file).ok()?.parse().ok()
+    }
+
+    fn read(&self, controller: &str, path: &str, file: &str) -> Result<String, CgroupError> {
+        let Some(directory) = self.directory(controller, path) else {
+            let source = io::Error::new(io::ErrorKind::NotFound, format!("controller {controller} is not mounted"));
+            return Err(CgroupError { action: "read", path: PathBuf::from(path).join(file), source });
+        };
+        let file = directory.join(file);
+        Ok(fs::read_to_string(&file).map_err(failed("read", &file))?.trim().to_owned())
+    }
+
     fn files(&self, limits: &Limits) -> Vec<(&'static str, String, String)> {
         let mut files = Vec::new();
         let mut file = |controller, name: &str, value: String| files.push((controller, name.to_owned(), value));
@@ -218,7 +263,12 @@ impl Hierarchy {
             file("hugetlb", &format!("hugetlb.{}.{suffix}", page_size_name(*size)), bytes.to_string());
         }
         if v2 {
-            for (name, value) in [("memory.min", limits.memory_min), ("memory.low", limits.memory_low)] {
+            let protection = [
+                ("memory.min", limits.memory_min),
+                ("memory.low", limits.memory_low),
+                ("memory.high", limits.memory_high),
+            ];
+            for (name, value) in protection {
                 if let Some(bytes) = value {
                     file("memory", name, bytes.to_string());
                 }
@@ -372,6 +422,7 @@ mod tests {
             hugepages: [(2 << 20, 4 << 20)].into(),
             memory_min: Some(0),
             memory_low: Some(0),
+            memory_high: None,
         }
     }
 

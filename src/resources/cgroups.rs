@@ -1,13 +1,14 @@
 //! The kubepods cgroup tree: `<cgroupRoot>/kubepods[/burstable|/besteffort]/pod<uid>` (contract R-01…R-04).
 //!
 //! In: pods, node allocatable. Out: the pod's `cgroup_parent` for CRI, and its cgroup on disk with limits, made before the sandbox
-//! and removed, with any process left in it, after the pod has ended. With the systemd driver the slices belong to systemd: only
-//! names are handed out and the runtime has systemd make the slice; limits on kubepods, QoS and pod level are then not set.
+//! and removed, with any process left in it, after the pod has ended. With the systemd driver each cgroup is a slice that systemd makes with the
+//! limits as its properties, so that they outlive its reloads; what it has no property for is written to the slice's files.
 
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -16,8 +17,11 @@ pub use super::cgroup_fs::CgroupError;
 use super::{
     cgroup_fs::{Hierarchy, Limits},
     cgroup_names::{CgroupName, pod_uid_of},
-    qos::{QosClass, cpu_quota, cpu_shares, qos_class},
-    requests::{ResourceList, hugepage_size, pod_level_set, pod_limits, pod_requests, resource_list},
+    pod_resources::PodSize,
+    qos::{QosClass, cpu_quota, cpu_shares, cpu_weight, qos_class},
+    requests::{ResourceList, hugepage_size, pod_level_set, pod_requests, resource_list},
+    resize_plan::{PodCgroup, Resource},
+    systemd::{self, Systemd},
 };
 use crate::{
     config::{CgroupDriver, Config},
@@ -27,6 +31,9 @@ use crate::{
 
 const QOS_UNLIMITED_HUGEPAGES: i64 = 1 << 62;
 const MIN_CPU_SHARES: u64 = 2;
+/// How long a slice's directory is waited for: 1 s.
+const SLICE_TRIES: u32 = 500;
+const SLICE_PAUSE: Duration = Duration::from_millis(2);
 
 /// The cgroups of pods as the pod worker and the containers room see them.
 #[async_trait]
@@ -40,6 +47,45 @@ pub trait PodCgroups: Send + Sync + 'static {
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError>;
     /// UIDs of the pods that have a cgroup.
     async fn list(&self) -> Vec<PodUid>;
+
+    /// The limits in force on the pod's cgroup; `None` when its limits are not ours to set.
+    async fn in_force(&self, _pod: &Pod) -> Result<Option<PodCgroup>, CgroupError> {
+        Ok(None)
+    }
+    /// The limits that the pod's resources ask for; what they do not name is to stay as it is.
+    fn wanted(&self, _pod: &Pod) -> Option<PodCgroup> {
+        None
+    }
+    /// Bytes of memory that the whole pod uses.
+    async fn memory_use(&self, _pod: &Pod) -> Option<u64> {
+        None
+    }
+    /// Sets the pod's memory limit or CPU quota as wanted, and for memory what MemoryQoS makes of it.
+    async fn set_limit(&self, _pod: &Pod, _resource: Resource) -> Result<(), CgroupError> {
+        Ok(())
+    }
+    /// Sets the pod's CPU shares as wanted, and with them its class's.
+    async fn set_shares(&self, _pod: &Pod) -> Result<(), CgroupError> {
+        Ok(())
+    }
+    /// Puts right what a resize left that the agent's death cut off. Only while nothing of the pod waits to be resized.
+    async fn reconcile(&self, pod: &Pod) -> Result<(), CgroupError> {
+        let (Some(now), Some(wanted)) = (self.in_force(pod).await?, self.wanted(pod)) else { return Ok(()) };
+        if wanted.memory.is_some_and(|limit| now.memory != Some(limit)) {
+            let limit = wanted.memory.and_then(|limit| u64::try_from(limit).ok());
+            // Not below what is in use: that would kill.
+            if self.memory_use(pod).await.zip(limit).is_some_and(|(used, limit)| used < limit) {
+                self.set_limit(pod, Resource::Memory).await?;
+            }
+        }
+        if wanted.cpu_quota.is_some_and(|quota| (Some(quota), wanted.cpu_period) != (now.cpu_quota, now.cpu_period)) {
+            self.set_limit(pod, Resource::Cpu).await?;
+        }
+        if wanted.cpu_share != now.cpu_share {
+            self.set_shares(pod).await?;
+        }
+        Ok(())
+    }
 }
 
 /// The part of the configuration that concerns cgroups.
@@ -60,12 +106,19 @@ pub struct CgroupSettings {
     pub cpu_cfs_period_micros: u64,
     /// Page sizes of this machine in bytes: what a pod does not ask for is limited to 0.
     pub hugepage_sizes: Vec<i64>,
+    /// systemd's private socket, for its driver.
+    pub systemd_socket: PathBuf,
+    /// Feature MemoryQoS with `memoryReservationPolicy: TieredReservation` (contract R-12).
+    pub memory_reservation: bool,
+    /// Feature MemoryQoS with `memoryThrottlingFactor`.
+    pub memory_throttling_factor: Option<f64>,
 }
 
 impl CgroupSettings {
     /// `driver` is what the handshake with the runtime settled, `hugepage_sizes` what the machine has.
     pub fn from_config(config: &Config, driver: CgroupDriver, mount: &Path, hugepage_sizes: Vec<i64>) -> Self {
         let kubelet = &config.kubelet;
+        let memory_qos = config.feature_gates.enabled("MemoryQoS");
         Self {
             mount: mount.to_owned(),
             root: kubelet.cgroup_root.clone(),
@@ -75,7 +128,63 @@ impl CgroupSettings {
             cpu_cfs_quota: kubelet.cpu_cfs_quota,
             cpu_cfs_period_micros: kubelet.cpu_cfs_quota_period.std().as_micros().try_into().unwrap_or(100_000),
             hugepage_sizes,
+            systemd_socket: systemd::SOCKET.into(),
+            memory_reservation: memory_qos && kubelet.memory_reservation_policy == "TieredReservation",
+            memory_throttling_factor: kubelet.memory_throttling_factor.filter(|_| memory_qos),
         }
+    }
+}
+
+/// A cgroup of the system's or of Kubernetes' daemons, and what is reserved for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReservedCgroup {
+    /// `System Reserved`, `Kube Reserved Compressible` …: as events say it.
+    pub title: &'static str,
+    /// A path inside the hierarchies.
+    pub cgroup: String,
+    pub reserved: ResourceList,
+    /// CPU alone.
+    pub compressible: bool,
+    /// Feature MemoryQoS: what is reserved is also protected.
+    pub memory_qos: bool,
+}
+
+impl ReservedCgroup {
+    /// What `enforceNodeAllocatable` asks for besides `pods`, in upstream's order.
+    pub fn from_config(config: &Config) -> Vec<Self> {
+        let kubelet = &config.kubelet;
+        let kinds = [
+            ("system-reserved", "System Reserved", false),
+            ("kube-reserved", "Kube Reserved", false),
+            ("system-reserved-compressible", "System Reserved Compressible", true),
+            ("kube-reserved-compressible", "Kube Reserved Compressible", true),
+        ];
+        let asked = |key: &str| kubelet.enforce_node_allocatable.iter().any(|k| k == key);
+        let made = |(key, title, compressible): (&str, &'static str, bool)| {
+            let (cgroup, reserved) = match key.starts_with("system") {
+                true => (&kubelet.system_reserved_cgroup, &config.system_reserved),
+                false => (&kubelet.kube_reserved_cgroup, &config.kube_reserved),
+            };
+            let memory_qos = config.feature_gates.enabled("MemoryQoS");
+            Self { title, cgroup: cgroup.clone(), reserved: reserved.clone(), compressible, memory_qos }
+        };
+        kinds.into_iter().filter(|(key, ..)| asked(key)).map(made).collect()
+    }
+}
+
+fn reserved_limits(of: &ReservedCgroup) -> Limits {
+    let cpu_shares = of.reserved.get("cpu").map(|cpu| cpu_shares(cpu.milli_value()));
+    if of.compressible {
+        return Limits { cpu_shares, ..Limits::default() };
+    }
+    let memory_bytes = of.reserved.get("memory").map(Quantity::value);
+    Limits {
+        cpu_shares,
+        memory_bytes,
+        pids: of.reserved.get("pid").map(Quantity::value),
+        hugepages: hugepages(&of.reserved),
+        memory_min: memory_bytes.filter(|_| of.memory_qos),
+        ..Limits::default()
     }
 }
 
@@ -86,6 +195,8 @@ pub struct KubepodsCgroups(Arc<Inner>);
 struct Inner {
     settings: CgroupSettings,
     hierarchy: Hierarchy,
+    /// With the systemd driver, where systemd runs.
+    systemd: Option<Systemd>,
     kubepods: CgroupName,
     /// CPU requests in millicores of the burstable pods that have a cgroup.
     burstable: Mutex<HashMap<PodUid, i64>>,
@@ -96,7 +207,14 @@ impl KubepodsCgroups {
     pub fn new(settings: CgroupSettings) -> Result<Self, CgroupError> {
         let hierarchy = Hierarchy::detect(&settings.mount)?;
         let kubepods = CgroupName::from_path(&settings.root).child("kubepods");
-        Ok(Self(Arc::new(Inner { settings, hierarchy, kubepods, burstable: Mutex::default() })))
+        let wanted = settings.per_qos && settings.driver == CgroupDriver::Systemd;
+        let there = wanted && settings.systemd_socket.exists();
+        if wanted && !there {
+            let socket = settings.systemd_socket.display();
+            tracing::warn!(%socket, "The cgroup driver is systemd, and there is none: pods' slices get no limits");
+        }
+        let systemd = there.then(|| Systemd { socket: settings.systemd_socket.clone() });
+        Ok(Self(Arc::new(Inner { settings, hierarchy, systemd, kubepods, burstable: Mutex::default() })))
     }
 
     /// This host runs cgroup v2 alone.
@@ -119,6 +237,19 @@ impl KubepodsCgroups {
         self.blocking("create", move |inner| inner.ensure_root(&limits)).await
     }
 
+    /// Limits a cgroup that somebody else made to what is reserved for it (`systemReservedCgroup`, `kubeReservedCgroup`, contract R-08): CPU
+    /// shares, and unless `compressible` alone memory, `pid` and huge pages too. Fails when there is no such cgroup.
+    pub async fn enforce_reserved(&self, limits: ReservedCgroup) -> Result<(), CgroupError> {
+        self.blocking("update", move |inner| {
+            if !inner.hierarchy.exists(&limits.cgroup) {
+                let source = std::io::Error::new(std::io::ErrorKind::NotFound, "cgroup does not exist");
+                return Err(CgroupError { action: "validate", path: limits.cgroup.into(), source });
+            }
+            inner.set(&limits.cgroup, &reserved_limits(&limits))
+        })
+        .await
+    }
+
     /// Sets the shares of the burstable class from the pods that have a cgroup: every 60 s, so that what went amiss is put right
     /// (contract R-03). [`create`](PodCgroups::create) and [`remove`](PodCgroups::remove) do so for their pod at once.
     pub async fn update_qos(&self) -> Result<(), CgroupError> {
@@ -128,8 +259,20 @@ impl KubepodsCgroups {
         self.blocking("update", Inner::set_burstable_shares).await
     }
 
+    fn path_of(&self, pod: &Pod) -> String {
+        self.0.pod_cgroup(qos_class(pod), pod.uid()).path(self.0.settings.driver)
+    }
+
+    async fn set(&self, pod: &Pod, limits: Limits) -> Result<(), CgroupError> {
+        if !self.manages() {
+            return Ok(());
+        }
+        let path = self.path_of(pod);
+        self.blocking("write", move |inner| inner.set(&path, &limits)).await
+    }
+
     fn manages(&self) -> bool {
-        self.0.settings.per_qos && self.0.settings.driver == CgroupDriver::Cgroupfs
+        self.0.settings.per_qos && (self.0.settings.driver == CgroupDriver::Cgroupfs || self.0.systemd.is_some())
     }
 
     async fn blocking<T: Send + 'static>(
@@ -162,7 +305,7 @@ impl PodCgroups for KubepodsCgroups {
         let counted = self.0.count(pod);
         self.blocking("create", move |inner| {
             if !inner.hierarchy.exists(&path) {
-                inner.hierarchy.create(&path)?;
+                inner.create(&path, &limits)?;
                 if let Err(error) = inner.hierarchy.set(&path, &limits) {
                     tracing::error!(cgroup = path, %error, "pod cgroup has not got all its limits");
                 }
@@ -185,7 +328,7 @@ impl PodCgroups for KubepodsCgroups {
             QosClass::ALL
                 .into_iter()
                 .map(|class| inner.pod_cgroup(class, &uid).path(inner.settings.driver))
-                .try_for_each(|path| inner.hierarchy.remove(&path))?;
+                .try_for_each(|path| inner.remove(&path))?;
             // The lock is let go before the shares are summed up.
             let counted = inner.burstable().remove(&uid).is_some();
             if counted && manages { inner.set_burstable_shares() } else { Ok(()) }
@@ -198,6 +341,51 @@ impl PodCgroups for KubepodsCgroups {
             return Vec::new();
         }
         self.blocking("list", |inner| Ok(inner.list())).await.unwrap_or_default()
+    }
+
+    async fn in_force(&self, pod: &Pod) -> Result<Option<PodCgroup>, CgroupError> {
+        if !self.manages() {
+            return Ok(None);
+        }
+        let path = self.path_of(pod);
+        self.blocking("read", move |inner| inner.hierarchy.pod_limits(&path)).await.map(Some)
+    }
+
+    fn wanted(&self, pod: &Pod) -> Option<PodCgroup> {
+        let limits = limits_of_pod(pod, &self.0.settings);
+        let shares = limits.cpu_shares.unwrap_or(MIN_CPU_SHARES);
+        self.manages().then(|| PodCgroup {
+            memory: limits.memory_bytes,
+            cpu_quota: limits.cpu_quota.map(|(quota, _)| quota).filter(|quota| *quota > 0),
+            cpu_period: self.0.settings.cpu_cfs_period_micros,
+            cpu_share: if self.is_v2() { cpu_weight(shares) } else { shares },
+        })
+    }
+
+    async fn memory_use(&self, pod: &Pod) -> Option<u64> {
+        let path = self.path_of(pod);
+        self.blocking("read", move |inner| Ok(inner.hierarchy.memory_use(&path))).await.ok().flatten()
+    }
+
+    async fn set_limit(&self, pod: &Pod, resource: Resource) -> Result<(), CgroupError> {
+        let all = limits_of_pod(pod, &self.0.settings);
+        let limits = match resource {
+            Resource::Cpu => Limits { cpu_quota: all.cpu_quota, ..Limits::default() },
+            Resource::Memory => Limits {
+                memory_bytes: all.memory_bytes,
+                memory_min: all.memory_min,
+                memory_low: all.memory_low,
+                memory_high: all.memory_high,
+                ..Limits::default()
+            },
+        };
+        self.set(pod, limits).await
+    }
+
+    async fn set_shares(&self, pod: &Pod) -> Result<(), CgroupError> {
+        let cpu_shares = limits_of_pod(pod, &self.0.settings).cpu_shares;
+        self.set(pod, Limits { cpu_shares, ..Limits::default() }).await?;
+        if self.0.count(pod) { self.update_qos().await } else { Ok(()) }
     }
 }
 
@@ -224,14 +412,51 @@ impl Inner {
         self.class_cgroup(class).child(format!("pod{uid}"))
     }
 
+    /// Makes a cgroup; as a slice it has its limits from the start.
+    fn create(&self, path: &str, limits: &Limits) -> Result<(), CgroupError> {
+        if let Some(systemd) = &self.systemd {
+            let (parent, unit) = slice_of(path);
+            let properties = systemd::properties(limits, self.hierarchy.is_v2());
+            let failed = |source| CgroupError { action: "start slice", path: path.into(), source };
+            systemd.start_slice(unit, parent, properties).map_err(failed)?;
+            // The reply comes when the job is queued.
+            for _ in 0..SLICE_TRIES {
+                if self.hierarchy.exists(path) {
+                    break;
+                }
+                std::thread::sleep(SLICE_PAUSE);
+            }
+        }
+        self.hierarchy.create(path)
+    }
+
+    fn set(&self, path: &str, limits: &Limits) -> Result<(), CgroupError> {
+        if let Some(systemd) = &self.systemd {
+            let properties = systemd::properties(limits, self.hierarchy.is_v2());
+            let failed = |source| CgroupError { action: "set properties of slice", path: path.into(), source };
+            systemd.set(slice_of(path).1, properties).map_err(failed)?;
+        }
+        self.hierarchy.set(path, limits)
+    }
+
+    fn remove(&self, path: &str) -> Result<(), CgroupError> {
+        let there = self.hierarchy.exists_anywhere(path);
+        self.hierarchy.remove(path)?;
+        if let Some(systemd) = self.systemd.as_ref().filter(|_| there)
+            && let Err(error) = systemd.stop(slice_of(path).1)
+        {
+            tracing::warn!(cgroup = path, %error, "Stopping the pod's slice failed");
+        }
+        Ok(())
+    }
+
     fn ensure_root(&self, limits: &Limits) -> Result<(), CgroupError> {
         let driver = self.settings.driver;
         let kubepods = self.kubepods.path(driver);
-        self.hierarchy.create(&kubepods)?;
-        self.hierarchy.set(&kubepods, limits)?;
+        self.create(&kubepods, limits)?;
+        self.set(&kubepods, limits)?;
         for class in [QosClass::Burstable, QosClass::BestEffort] {
             let path = self.class_cgroup(class).path(driver);
-            self.hierarchy.create(&path)?;
             let unlimited = self.settings.hugepage_sizes.iter().map(|size| (*size, QOS_UNLIMITED_HUGEPAGES)).collect();
             let limits = Limits {
                 cpu_shares: (class == QosClass::BestEffort).then_some(MIN_CPU_SHARES),
@@ -239,7 +464,8 @@ impl Inner {
                 hugepages: unlimited,
                 ..Limits::default()
             };
-            self.hierarchy.set(&path, &limits)?;
+            self.create(&path, &limits)?;
+            self.set(&path, &limits)?;
         }
         Ok(())
     }
@@ -264,7 +490,7 @@ impl Inner {
 
     fn set_burstable_shares(&self) -> Result<(), CgroupError> {
         let limits = Limits { cpu_shares: Some(self.burstable_shares()), ..Limits::default() };
-        self.hierarchy.set(&self.burstable_cgroup(), &limits)
+        self.set(&self.burstable_cgroup(), &limits)
     }
 
     /// After a restart pods are adopted one by one: the class keeps what it has until they outgrow it, so that nobody's share
@@ -288,6 +514,13 @@ impl Inner {
     }
 }
 
+/// A slice's parent and its own name, from its path.
+fn slice_of(path: &str) -> (&str, &str) {
+    let (above, unit) = path.rsplit_once('/').unwrap_or(("", path));
+    let parent = above.rsplit('/').next().filter(|parent| !parent.is_empty());
+    (parent.unwrap_or("-.slice"), unit)
+}
+
 /// Limits of kubepods itself (contract R-03).
 fn kubepods_limits(allocatable: &ResourceList) -> Limits {
     Limits {
@@ -297,7 +530,7 @@ fn kubepods_limits(allocatable: &ResourceList) -> Limits {
         hugepages: hugepages(allocatable),
         memory_min: Some(0),
         memory_low: Some(0),
-        cpu_quota: None,
+        ..Limits::default()
     }
 }
 
@@ -307,33 +540,46 @@ fn hugepages(list: &ResourceList) -> BTreeMap<i64, i64> {
 
 /// Limits of a pod's cgroup (contract R-04): shares from the requests, quota and memory only when every container is limited.
 fn limits_of_pod(pod: &Pod, settings: &CgroupSettings) -> Limits {
-    let (requests, limits) = (pod_requests(pod), pod_limits(pod));
+    let (size, class) = (PodSize::of(pod), qos_class(pod));
     let period = settings.cpu_cfs_period_micros;
-    let quota = match settings.cpu_cfs_quota {
-        true => cpu_quota(limits.get("cpu").map_or(0, Quantity::milli_value), period as i64),
-        false => -1,
+    let quota = |milli| match (settings.cpu_cfs_quota, settings.driver) {
+        (false, _) => -1,
+        (true, CgroupDriver::Cgroupfs) => cpu_quota(milli, period as i64),
+        // systemd keeps whole per cents of a CPU.
+        (true, CgroupDriver::Systemd) => cpu_quota((milli + 9) / 10 * 10, period as i64),
     };
-    let memory = limits.get("memory").map_or(0, Quantity::value);
     let mut pages: BTreeMap<i64, i64> = settings.hugepage_sizes.iter().map(|size| (*size, 0)).collect();
-    pages.extend(hugepages(&requests));
+    pages.extend(hugepages(&pod_requests(pod)));
     let base = Limits { pids: Some(settings.pod_pids_limit).filter(|p| *p > 0), hugepages: pages, ..Limits::default() };
-    let shares = cpu_shares(requests.get("cpu").map_or(0, Quantity::milli_value));
-    match qos_class(pod) {
-        QosClass::Guaranteed => {
-            Limits { cpu_shares: Some(shares), cpu_quota: Some((quota, period)), memory_bytes: Some(memory), ..base }
-        }
-        QosClass::Burstable => Limits {
-            cpu_shares: Some(shares),
-            cpu_quota: limited(pod, "cpu").then_some((quota, period)),
-            memory_bytes: limited(pod, "memory").then_some(memory),
-            ..base
-        },
-        QosClass::BestEffort => Limits { cpu_shares: Some(MIN_CPU_SHARES), ..base },
+    if class == QosClass::BestEffort {
+        return Limits { cpu_shares: Some(MIN_CPU_SHARES), ..base };
+    }
+    let reserved = Some(size.memory_request).filter(|bytes| settings.memory_reservation && *bytes > 0);
+    Limits {
+        cpu_shares: Some(cpu_shares(size.cpu_request)),
+        cpu_quota: size.cpu_limit.map(|milli| (quota(milli), period)),
+        memory_bytes: size.memory_limit,
+        memory_min: reserved.filter(|_| class == QosClass::Guaranteed),
+        memory_low: reserved.filter(|_| class == QosClass::Burstable),
+        memory_high: settings
+            .memory_throttling_factor
+            .filter(|_| pod_level_set(pod))
+            .and_then(|f| memory_high(&size, f)),
+        ..base
     }
 }
 
+/// MemoryQoS' throttling point of a pod with pod-level resources, in whole pages; `None` where throttling makes no sense.
+fn memory_high(size: &PodSize, factor: f64) -> Option<i64> {
+    const PAGE: f64 = 4096.0;
+    let (request, limit) =
+        (size.memory_request, size.memory_limit.filter(|limit| *limit != 0 && *limit != size.memory_request)?);
+    let high = ((request as f64 + (limit - request) as f64 * factor) / PAGE).floor() * PAGE;
+    Some(high as i64).filter(|high| *high > request)
+}
+
 /// Every container has a limit of this resource, or the pod as a whole has.
-fn limited(pod: &Pod, resource: &str) -> bool {
+pub(super) fn limited(pod: &Pod, resource: &str) -> bool {
     let has = |resources: Option<&k8s_openapi::api::core::v1::ResourceRequirements>| {
         resource_list(resources.and_then(|r| r.limits.as_ref())).get(resource).is_some_and(|q| !q.is_zero())
     };
@@ -360,6 +606,9 @@ mod tests {
             cpu_cfs_quota: true,
             cpu_cfs_period_micros: 100_000,
             hugepage_sizes: vec![2 << 20],
+            systemd_socket: "/none".into(),
+            memory_reservation: false,
+            memory_throttling_factor: None,
         }
     }
 
@@ -397,6 +646,79 @@ mod tests {
         assert_eq!(parent(CgroupDriver::Systemd, &guaranteed()), "kubepods-podu_1.slice");
         let off = KubepodsCgroups::new(CgroupSettings { per_qos: false, ..settings(dir.path()) }).unwrap();
         assert_eq!(off.cgroup_parent(&burstable()), "");
+    }
+
+    #[tokio::test]
+    async fn r08_reserved_cgroups_must_exist_and_get_what_is_reserved() {
+        let dir = v2_tree();
+        let cgroups = KubepodsCgroups::new(settings(dir.path())).unwrap();
+        let amount = |text: &str| Quantity::parse(text).unwrap();
+        let reserved = ReservedCgroup {
+            title: "System Reserved",
+            cgroup: "/system".into(),
+            reserved: [("cpu".into(), amount("500m")), ("memory".into(), amount("1Gi")), ("pid".into(), amount("99"))]
+                .into(),
+            compressible: true,
+            memory_qos: true,
+        };
+        let missing = cgroups.enforce_reserved(reserved.clone()).await.unwrap_err().to_string();
+        assert_eq!(missing, "validate /system: cgroup does not exist");
+        let system = dir.path().join("system");
+        fs::create_dir(&system).unwrap();
+        let read = |file: &str| fs::read_to_string(system.join(file)).ok();
+        cgroups.enforce_reserved(reserved.clone()).await.unwrap();
+        assert_eq!((read("cpu.weight").as_deref(), read("memory.max")), (Some("20"), None));
+        cgroups.enforce_reserved(ReservedCgroup { compressible: false, ..reserved }).await.unwrap();
+        assert_eq!((read("memory.max").as_deref(), read("pids.max").as_deref()), (Some("1073741824"), Some("99")));
+        assert_eq!(read("memory.min").as_deref(), Some("1073741824"));
+    }
+
+    #[tokio::test]
+    async fn p71_a_pods_cgroup_is_read_resized_and_put_right() {
+        let dir = v2_tree();
+        let cgroups = KubepodsCgroups::new(settings(dir.path())).unwrap();
+        let sized = |cpu: &str, memory: &str| {
+            let all = json!({"cpu": cpu, "memory": memory});
+            pod(json!({"containers": [{"name": "c", "resources": {"requests": all, "limits": all}}]}))
+        };
+        let (old, new) = (sized("1", "64Mi"), sized("2", "128Mi"));
+        cgroups.create(&old).await.unwrap();
+        assert_eq!(cgroups.in_force(&old).await.unwrap(), cgroups.wanted(&old));
+        cgroups.set_limit(&new, Resource::Memory).await.unwrap();
+        let half = cgroups.in_force(&new).await.unwrap().unwrap();
+        assert_eq!((half.memory, half.cpu_quota), (Some(128 << 20), Some(100_000)));
+        cgroups.set_limit(&new, Resource::Cpu).await.unwrap();
+        cgroups.set_shares(&new).await.unwrap();
+        assert_eq!(cgroups.in_force(&new).await.unwrap(), cgroups.wanted(&new));
+        // After a crash: smaller only when less is in use.
+        let usage = dir.path().join("kubepods/podu-1/memory.current");
+        fs::write(&usage, "100000000").unwrap();
+        cgroups.reconcile(&old).await.unwrap();
+        let now = cgroups.in_force(&old).await.unwrap().unwrap();
+        assert_eq!((now.memory, now.cpu_quota), (Some(128 << 20), Some(100_000)));
+        fs::write(&usage, "1000").unwrap();
+        cgroups.reconcile(&old).await.unwrap();
+        assert_eq!(cgroups.in_force(&old).await.unwrap(), cgroups.wanted(&old));
+    }
+
+    #[test]
+    fn r12_memory_qos_of_a_pod() {
+        let tiered = CgroupSettings {
+            memory_reservation: true,
+            memory_throttling_factor: Some(0.9),
+            ..settings(Path::new("/none"))
+        };
+        let limits = limits_of_pod(&guaranteed(), &tiered);
+        assert_eq!((limits.memory_min, limits.memory_low, limits.memory_high), (Some(64 << 20), None, None));
+        let whole = pod(json!({"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi"}},
+            "containers": [{"name": "c"}]}));
+        let limits = limits_of_pod(&whole, &tiered);
+        assert_eq!(
+            (limits.memory_min, limits.memory_low, limits.memory_high),
+            (None, Some(1 << 30), Some(2_040_107_008))
+        );
+        let off = limits_of_pod(&whole, &settings(Path::new("/none")));
+        assert_eq!((off.memory_min, off.memory_low, off.memory_high), (None, None, None));
     }
 
     #[test]

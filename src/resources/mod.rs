@@ -1,19 +1,28 @@
 //! Resources: QoS class, what a pod asks for, and the kubepods cgroup tree (contract section 8).
 //!
-//! In: pods, the node's capacity and reservations. Out: numbers for the runtime (shares, quota, OOM score) and directories under
-//! `/sys/fs/cgroup/…/kubepods`. Only [`cgroups`] touches the machine, and only below the kubepods cgroup (and, to switch
-//! controllers on, `cgroup.subtree_control` of its ancestors).
+//! In: pods, the node's capacity and reservations. Out: numbers for the runtime (shares, quota, OOM score), directories under
+//! `/sys/fs/cgroup/…/kubepods`, and in-place resizes: [`allocation`] decides, the [`PodLedger`] remembers, [`resize_plan`] orders.
+//! Only [`cgroups`] touches the machine, and only below the kubepods cgroup (and, to switch controllers on,
+//! `cgroup.subtree_control` of its ancestors); the ledger writes its two checkpoints.
 
+pub mod allocation;
 mod cgroup_fs;
 mod cgroup_names;
 pub mod cgroups;
+mod checkpoint;
+mod ledger;
+mod pod_resources;
 mod qos;
 mod requests;
+pub mod resize_plan;
+mod systemd;
 
 pub use cgroup_names::CgroupName;
-pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
+pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups, ReservedCgroup};
+pub use ledger::{LedgerParts, PodLedger, ResizeCondition, ResizeConditions};
+pub use pod_resources::{ContainerSize, PodResources, PodSize, same_resources};
 pub use qos::{
     CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical,
-    oom_score_adj, qos_class,
+    milli_of_quota, milli_of_shares, oom_score_adj, qos_class, shares_of_weight,
 };
 pub use requests::{ResourceList, hugepage_size, pod_limits, pod_requests, resource_list};

@@ -151,6 +151,21 @@ pub fn cpu_weight(shares: u64) -> u64 {
     1 + ((shares - 2) * 9999) / 262_142
 }
 
+/// Millicores that so many shares stand for, rounded up: what the API shows of a cgroup. 0 below the least.
+pub fn milli_of_shares(shares: i64) -> i64 {
+    if shares < MIN_SHARES { 0 } else { (shares.saturating_mul(1000) + 1023) / 1024 }
+}
+
+/// Millicores that a CFS quota stands for, 0 for none.
+pub fn milli_of_quota(quota: i64, period: i64) -> i64 {
+    if quota <= 0 || period <= 0 { 0 } else { quota.saturating_mul(1000) / period }
+}
+
+/// The way back from [`cpu_weight`], as lossy as that.
+pub fn shares_of_weight(weight: u64) -> u64 {
+    2 + weight.clamp(1, 10_000).saturating_sub(1) * 262_142 / 9999
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -253,5 +268,9 @@ mod tests {
         assert_eq!(quota, [0, 1000, 1000, 1000, 10_000, 250_000]);
         let weight: Vec<u64> = [2, 1024, 262_144, 999_999].into_iter().map(cpu_weight).collect();
         assert_eq!(weight, [1, 39, 10_000, 10_000]);
+        let back: Vec<i64> = [0, 1, 2, 102, 1024].into_iter().map(milli_of_shares).collect();
+        assert_eq!(back, [0, 0, 2, 100, 1000]);
+        assert_eq!([(-1, 1), (25_000, 100_000), (1000, 0)].map(|(q, p)| milli_of_quota(q, p)), [0, 250, 0]);
+        assert_eq!([1, 39, 10_000].map(shares_of_weight), [2, 998, 262_144]);
     }
 }

@@ -7,3 +7,4 @@ mod rig;
 
 mod lifecycle;
 mod many_pods;
+mod resize;

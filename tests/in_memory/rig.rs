@@ -28,7 +28,11 @@ use rkubelet::{
     },
     pods::{ContainerRef, Pod, PodSource, PodStore, PodUid},
     probes::{ContainerVerdicts, Liveness, PodProbes, ProbeTarget, Readiness, Startup},
-    resources::{CgroupError, PodCgroups},
+    resources::{
+        CgroupError, LedgerParts, PodCgroups, PodLedger, PodSize,
+        allocation::ResizePolicy,
+        resize_plan::{PodCgroup, Resource},
+    },
     telemetry::WorkerMetrics,
     time::{Clock, SimulatedClock},
     volumes::{MountedVolumes, PodVolumes, VolumeError},
@@ -178,7 +182,7 @@ impl PodVolumes for MemoryVolumes {
 }
 
 #[derive(Default)]
-pub struct MemoryCgroups(pub Mutex<HashSet<PodUid>>);
+pub struct MemoryCgroups(pub Mutex<HashSet<PodUid>>, pub Mutex<HashMap<PodUid, PodCgroup>>);
 
 #[async_trait]
 impl PodCgroups for MemoryCgroups {
@@ -186,7 +190,39 @@ impl PodCgroups for MemoryCgroups {
         format!("/kubepods/pod{}", pod.uid())
     }
     async fn create(&self, pod: &Pod) -> Result<(), CgroupError> {
-        self.0.lock().unwrap().insert(pod.uid().clone());
+        if self.0.lock().unwrap().insert(pod.uid().clone()) {
+            self.1.lock().unwrap().insert(pod.uid().clone(), self.wanted(pod).unwrap());
+        }
+        Ok(())
+    }
+    async fn in_force(&self, pod: &Pod) -> Result<Option<PodCgroup>, CgroupError> {
+        Ok(self.1.lock().unwrap().get(pod.uid()).copied())
+    }
+    fn wanted(&self, pod: &Pod) -> Option<PodCgroup> {
+        let size = PodSize::of(pod);
+        Some(PodCgroup {
+            memory: size.memory_limit,
+            cpu_quota: size.cpu_limit.map(|milli| milli * 100),
+            cpu_period: 100_000,
+            cpu_share: size.cpu_request as u64,
+        })
+    }
+    async fn memory_use(&self, _: &Pod) -> Option<u64> {
+        Some(2 << 20)
+    }
+    async fn set_limit(&self, pod: &Pod, resource: Resource) -> Result<(), CgroupError> {
+        let wanted = self.wanted(pod).unwrap();
+        let mut all = self.1.lock().unwrap();
+        let have = all.get_mut(pod.uid()).unwrap();
+        match resource {
+            Resource::Memory => have.memory = wanted.memory,
+            Resource::Cpu => have.cpu_quota = wanted.cpu_quota,
+        }
+        Ok(())
+    }
+    async fn set_shares(&self, pod: &Pod) -> Result<(), CgroupError> {
+        let share = self.wanted(pod).unwrap().cpu_share;
+        self.1.lock().unwrap().get_mut(pod.uid()).unwrap().cpu_share = share;
         Ok(())
     }
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
@@ -318,10 +354,26 @@ impl Rig {
         let store = Arc::new(PodStore::new(&[PodSource::Api], Arc::clone(&wakes)));
         let api = MemoryApi::new(Arc::clone(&wakes));
         *api.store.lock().unwrap() = Some(Arc::clone(&store));
-        let node = NodeFacts { name: "n".into(), ips: vec!["192.0.2.1".parse().unwrap()], ..NodeFacts::default() };
+        let allocatable = [("cpu", "4"), ("memory", "8Gi"), ("pods", "5000")];
+        let node = NodeFacts {
+            name: "n".into(),
+            ips: vec!["192.0.2.1".parse().unwrap()],
+            allocatable: allocatable.map(|(name, amount)| (name.into(), amount.into())).into(),
+            ..NodeFacts::default()
+        };
         let (facts, node) = watch::channel(Arc::new(node));
         let cancel = CancellationToken::new();
         let settings = self.settings();
+        let ledger = PodLedger::new(LedgerParts {
+            policy: ResizePolicy::default(),
+            directory: Some(self.root.path().to_owned()),
+            store: Arc::clone(&store),
+            node: node.clone(),
+            wakes: Arc::clone(&wakes),
+            events: self.events.clone(),
+            clock: Arc::clone(&self.clock),
+        });
+        tokio::spawn(ledger.clone().run(cancel.clone()));
         let parts = WorkerParts {
             settings,
             clock: Arc::clone(&self.clock),
@@ -335,6 +387,7 @@ impl Rig {
             publisher: Arc::new(MemoryPublisher(Arc::clone(&api))),
             events: self.events.clone(),
             cgroups: self.cgroups.clone(),
+            ledger,
             node,
             gate: StartGate::new(2),
             metrics: Arc::new(WorkerMetrics::new(&registry).unwrap()),

@@ -125,6 +125,11 @@ impl FakeRuntime {
     }
 
     /// Where exec's streaming server is said to be: `http://127.0.0.1:<port>`.
+    /// From now on containers of this name use so much memory. 1 MiB otherwise.
+    pub fn memory_use(&self, container: &str, bytes: u64) {
+        lock(&self.shared.world).memory_use.insert(container.to_owned(), bytes);
+    }
+
     pub fn streaming_url(&self, base: &str) {
         lock(&self.shared.world).streaming_url = base.to_owned();
     }

@@ -159,6 +159,15 @@ impl RuntimeService for FakeRuntime {
         .await
     }
 
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: v1::UpdatePodSandboxResourcesRequest,
+    ) -> Result<(), CriError> {
+        const RPC: &str = "UpdatePodSandboxResources";
+        let id = request.pod_sandbox_id;
+        self.call(RPC, self.about_sandbox(&id), |world, _| world.sandbox(RPC, &id).map(|_| ())).await
+    }
+
     async fn pod_sandbox_status(&self, sandbox_id: &str) -> Result<v1::PodSandboxStatus, CriError> {
         const RPC: &str = "PodSandboxStatus";
         self.call(RPC, self.about_sandbox(sandbox_id), |world, _| Ok(world.sandbox(RPC, sandbox_id)?.status())).await
@@ -364,7 +373,10 @@ impl RuntimeService for FakeRuntime {
                     labels: c.config.labels.clone(),
                     annotations: c.config.annotations.clone(),
                 };
-                v1::ContainerStats { attributes: Some(attributes), ..Default::default() }
+                let used = world.memory_use.get(&c.name).copied().unwrap_or(1 << 20);
+                let usage_bytes = Some(v1::UInt64Value { value: used });
+                let memory = Some(v1::MemoryUsage { usage_bytes, ..Default::default() });
+                v1::ContainerStats { attributes: Some(attributes), memory, ..Default::default() }
             });
             Ok(stats.collect())
         })

@@ -168,6 +168,8 @@ pub(super) struct World {
     pub(super) max_ready: HashMap<String, usize>,
     pub(super) conditions: (bool, bool),
     pub(super) streaming_url: String,
+    /// Container name → bytes in use, for the stats.
+    pub(super) memory_use: HashMap<String, u64>,
     reserved: HashMap<String, String>,
     starts: HashMap<(String, String), usize>,
     next_id: u64,

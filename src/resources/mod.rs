@@ -14,11 +14,12 @@ mod ledger;
 mod pod_resources;
 mod qos;
 mod requests;
+mod reserved;
 pub mod resize_plan;
 mod systemd;
 
 pub use cgroup_names::CgroupName;
-pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups, ReservedCgroup};
+pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
 pub use ledger::{LedgerParts, PodLedger, ResizeCondition, ResizeConditions};
 pub use pod_resources::{ContainerSize, PodResources, PodSize, same_resources};
 pub use qos::{
@@ -26,3 +27,4 @@ pub use qos::{
     milli_of_quota, milli_of_shares, oom_score_adj, qos_class, shares_of_weight,
 };
 pub use requests::{ResourceList, hugepage_size, pod_limits, pod_requests, resource_list};
+pub use reserved::ReservedCgroup;

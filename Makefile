@@ -3,7 +3,7 @@ HARNESS = python3 -m e2e.harness
 AGENT ?= rkubelet
 export AGENT
 
-.PHONY: up down status logs shell agent e2e test conformance bench
+.PHONY: up down status logs shell agent e2e test conformance bench vm-up vm-down vm-shell vm-test
 
 up:       ; @$(HARNESS) up
 down:     ; @$(HARNESS) down
@@ -13,6 +13,12 @@ shell:    ; @$(HARNESS) shell
 agent:    ; @$(HARNESS) agent
 e2e:      ; @$(HARNESS) test $(CASES)
 bench:    ; @$(HARNESS) bench $(BENCH)
+
+# A VM as a second node of the running cluster: systemd, cgroup v2, AppArmor, reboot.
+vm-up:    ; @$(HARNESS) vm-up
+vm-down:  ; @$(HARNESS) vm-down
+vm-shell: ; @$(HARNESS) vm-shell
+vm-test:  ; @$(HARNESS) vm-test $(CASES)
 
 LIST ?= part1
 # The slow tests of a list wait for five minutes each and cost nothing: more processes than cores.

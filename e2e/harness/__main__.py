@@ -26,6 +26,11 @@ def main() -> int:
     conformance.add_argument("--focus", default="", help="a regular expression instead of a list")
     conformance.add_argument("--skip", default="")
     conformance.add_argument("--procs", type=int, default=14)
+    verbs.add_parser("vm-up", help="boot a VM as a second node of the running cluster, or put AGENT into the one that runs")
+    verbs.add_parser("vm-down", help="take the VM node away and prove it")
+    verbs.add_parser("vm-shell", help="a shell in the VM")
+    vm_test = verbs.add_parser("vm-test", help="run the cases of the VM node")
+    vm_test.add_argument("names", nargs="*", metavar="topic[:test_name]")
     bench = verbs.add_parser("bench", help="measure the bare runtime and the agents of AGENTS, one table")
     bench.add_argument("names", nargs="*")
     arguments = parser.parse_args()
@@ -64,6 +69,14 @@ def _do(arguments: argparse.Namespace) -> bool | None:
             from e2e.harness import conformance
 
             return conformance.run_conformance(arguments.list, arguments.focus, arguments.skip, arguments.procs)
+        case "vm-up" | "vm-down" | "vm-shell":
+            from e2e.harness import vm
+
+            return {"vm-up": vm.up, "vm-down": vm.down, "vm-shell": vm.shell}[arguments.verb]()
+        case "vm-test":
+            from e2e.harness import cases
+
+            return cases.run_vm_cases(arguments.names)
         case "bench":
             from e2e.harness import benchmarks
 

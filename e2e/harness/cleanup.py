@@ -1,7 +1,7 @@
 """Takes everything of ours away, whatever state it is in: after `down`, after a killed run, after a reboot.
 
 Nothing here trusts pid files alone: processes are found by our mark and our cgroup, mounts by our folders, iptables
-chains by the names that kube-proxy, the agent and CNI give them.
+chains by the names that kube-proxy, the agent, CNI and we ourselves (for the VM) give them.
 """
 
 import os
@@ -16,7 +16,7 @@ from e2e.harness import cgroups, layout, snapshot
 from e2e.harness.processes import start_time
 from e2e.harness.steps import run, say, step, warn
 
-_OUR_CHAINS = re.compile(r"^(KUBE|CNI)-")
+_OUR_CHAINS = re.compile(r"^(KUBE-|CNI-|RKUBELET-E2E-)")
 
 
 def stop_everything() -> None:
@@ -75,10 +75,10 @@ def _unmount() -> None:
 
 
 def _remove_interfaces(before: set[str] | None) -> None:
-    """The bridge and what hangs on it. Other interfaces are touched by nobody here."""
+    """The bridge and what hangs on it, the VM's tap. Other interfaces are touched by nobody here."""
     members = Path(f"/sys/class/net/{layout.BRIDGE}/brif")
     names = [path.name for path in members.iterdir()] if members.exists() else []
-    for name in [*names, layout.BRIDGE]:
+    for name in [*names, layout.BRIDGE, layout.VM_TAP]:
         if (before is None or name not in before) and Path(f"/sys/class/net/{name}").exists():
             # A pod's veth goes by itself when its namespace dies, perhaps just now.
             subprocess.run(["ip", "link", "delete", name], capture_output=True)

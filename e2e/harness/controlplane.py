@@ -28,14 +28,14 @@ def _api_server_ready() -> bool:
     return True
 
 
-def kubeadm_config() -> str:
+def kubeadm_config(node_name: str) -> str:
     """kubeadm reads a stream of YAML documents; JSON is YAML."""
     documents = [
         {
             "apiVersion": "kubeadm.k8s.io/v1beta4",
             "kind": "InitConfiguration",
             "localAPIEndpoint": {"advertiseAddress": layout.node_ip(), "bindPort": PORTS["kube-apiserver"]},
-            "nodeRegistration": {"name": layout.NODE_NAME, "criSocket": f"unix://{layout.CONTAINERD_SOCKET}"},
+            "nodeRegistration": {"name": node_name, "criSocket": f"unix://{layout.CONTAINERD_SOCKET}"},
         },
         {
             "apiVersion": "kubeadm.k8s.io/v1beta4",
@@ -52,9 +52,9 @@ def kubeadm_config() -> str:
     return "\n---\n".join(json.dumps(document, indent=1) for document in documents)
 
 
-def kubeadm(*arguments: str) -> str:
+def kubeadm(*arguments: str, node_name: str = layout.NODE_NAME) -> str:
     config = layout.STATE / "kubeadm.yaml"
-    config.write_text(kubeadm_config())
+    config.write_text(kubeadm_config(node_name))
     return run([tools.path("kubeadm"), *arguments, "--config", config])
 
 

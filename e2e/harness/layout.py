@@ -60,6 +60,15 @@ NODE_CIDR_MASK = 22
 POD_CIDR = f"10.88.0.0/{NODE_CIDR_MASK}"  # of the first and only node
 REGISTRY = "127.0.0.1:5000"
 
+# The VM node. Its disk image is kept in IMAGE_CACHE.
+VM = STATE / "vm"
+VM_NODE_NAME = "node-2"
+VM_TAP = "rkube-vm"
+VM_HOST_IP = "172.30.0.1"
+VM_IP = "172.30.0.2"
+VM_NETWORK = "172.30.0.0/24"
+VM_CHAIN = "RKUBELET-E2E-VM"  # in the nat table
+
 PORTS = {
     "etcd": 2379,
     "etcd peers": 2380,

@@ -96,12 +96,12 @@ def _address() -> list[str]:
         return ["no route to the world, so no address of this host for the node to have"]
 
 
-def missing_packages() -> list[str]:
-    return [package for package, proof in DEBIAN_PACKAGES.items() if not Path(proof).exists()]
+def missing_packages(packages: dict[str, str] = DEBIAN_PACKAGES) -> list[str]:
+    return [package for package, proof in packages.items() if not Path(proof).exists()]
 
 
-def install_packages() -> None:
-    missing = missing_packages()
+def install_packages(packages: dict[str, str] = DEBIAN_PACKAGES) -> None:
+    missing = missing_packages(packages)
     if not missing:
         return
     with step(f"installing Debian packages: {' '.join(missing)}"):

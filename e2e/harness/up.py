@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from e2e.harness import addons, agent, cleanup, controlplane, images, layout, preflight, processes, runtime, snapshot, tools
+from e2e.harness import addons, agent, cleanup, controlplane, images, layout, preflight, processes, runtime, snapshot, tools, vm
 from e2e.harness.cluster import Cluster
 from e2e.harness.controlplane import API_SERVER, CONTROLLER_MANAGER, ETCD, KUBE_PROXY, SCHEDULER
 from e2e.harness.runtime import CONTAINERD, REGISTRY
@@ -93,6 +93,7 @@ def down(proving: bool = True) -> bool:
     if before is None and not (layout.STATE.exists() or layout.RUN.exists() or snapshot.our_pids()):
         say("nothing of ours is here")
         return True
+    vm.stop()
     with step("stopping the agent and the control plane"):
         current = agent.Agent()
         if current.alive():

@@ -145,6 +145,13 @@ DEBIAN_PACKAGES = {
     "ca-certificates": "/usr/sbin/update-ca-certificates",
 }
 
+# What `make vm-up` needs besides.
+DEBIAN_PACKAGES_FOR_VM = {
+    "qemu-system-x86": "/usr/bin/qemu-system-x86_64",
+    "e2fsprogs": "/usr/sbin/mke2fs",
+    "openssh-client": "/usr/bin/ssh",
+}
+
 # The Debian root below agnhost, nginx and the like.
 DEBIAN_SUITE = "bookworm"
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
@@ -164,6 +171,30 @@ DEBIAN_ROOT_PACKAGES = [
     "socat",
     "util-linux",
 ]
+
+# The root of the VM node: what a node needs, and sshd as the harness's way in.
+VM_ROOT_PACKAGES = [
+    "apparmor",
+    "ca-certificates",
+    "conntrack",
+    "containernetworking-plugins",
+    "dbus",
+    "ethtool",
+    "iproute2",
+    "iptables",
+    "kmod",
+    "libseccomp2",  # runc is linked with it
+    "linux-image-cloud-amd64",
+    "mount",
+    "openssh-server",
+    "procps",
+    "socat",
+    "systemd-sysv",
+    "udev",
+    "util-linux",
+]
+VM_PROGRAMS = ["containerd", "containerd-shim-runc-v2", "ctr", "runc"]
+VM_IMAGES = ["pause", "agnhost", "busybox"]  # names of IMAGE_NAMES
 
 _TEST_IMAGES = "registry.k8s.io/e2e-test-images"
 IMAGE_NAMES = {

@@ -1,6 +1,7 @@
 """Says at once, in words, what is missing on this machine, before anything is built or changed."""
 
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ from e2e.harness.versions import DEBIAN_PACKAGES
 
 CACHE_GIB_COLD = 12  # Go's and our caches, when nothing is built
 STATE_GIB = 3
+VM_CACHE_GIB = 4
 V1_CONTROLLERS = ["cpu", "cpuacct", "cpuset", "memory", "pids"]
 
 
@@ -29,6 +31,15 @@ def check(agent: str, cold: bool) -> None:
 def check_room() -> None:
     """Before a first start, when nothing of ours runs: ports and folders must be free."""
     _complain([*_ports(), *_foreign_node()])
+
+
+def check_vm(memory_mib: int) -> None:
+    available = int(re.search(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE).group(1)) // 1024
+    _complain([
+        *_disk(layout.CACHE, VM_CACHE_GIB, "the VM's disk (RKUBELET_CACHE moves it)"),
+        *([] if available >= memory_mib else [f"{memory_mib} MiB of memory wanted for the VM, {available} MiB available"]),
+        *([] if Path("/dev/net/tun").exists() else ["no /dev/net/tun: the VM's network needs a tap"]),
+    ])
 
 
 def _complain(problems: list[str]) -> None:

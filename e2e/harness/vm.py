@@ -14,12 +14,13 @@ from pathlib import Path
 
 from e2e.harness import agent, apiclient, controlplane, layout, preflight, vm_image
 from e2e.harness.cluster import Cluster
-from e2e.harness.guest import Guest, answers
+from e2e.harness.guest import CONNECTION, SSH_KEY, Guest, answers
 from e2e.harness.processes import Service
 from e2e.harness.steps import HarnessError, poll, run, say, step
 from e2e.harness.versions import DEBIAN_PACKAGES_FOR_VM
 
 TAINT = {"key": "vm", "value": "true", "effect": "NoSchedule"}
+MEMORY_MIB = 2048
 HUGEPAGES = 16  # of 2 MiB
 CONSOLE = layout.LOGS / "vm-console.log"
 CONFIG_PATH = "/var/lib/kubelet/config.yaml"
@@ -37,7 +38,7 @@ def _qemu() -> list[str]:
         "-accel", os.environ.get("RKUBELET_VM_ACCEL") or "tcg,thread=multi",
         "-cpu", "max",
         "-smp", "2",
-        "-m", "2048",
+        "-m", str(MEMORY_MIB),
         "-display", "none",
         "-monitor", "none",
         "-serial", f"file:{CONSOLE}",
@@ -125,6 +126,7 @@ class VmCluster(Cluster):
 def up() -> None:
     kind = agent.wanted_kind()
     Cluster.load()
+    preflight.check_vm(MEMORY_MIB)
     preflight.install_packages(DEBIAN_PACKAGES_FOR_VM)
     agent.build(kind)
     vm_image.build()
@@ -153,6 +155,7 @@ def _start() -> None:
         # Only what leaves this host: other nodes and pods see the guest's own address.
         run([*nat, "-A", layout.VM_CHAIN, "-s", layout.VM_NETWORK, "-o", _way_out(), "-j", "MASQUERADE"])
         run([*nat, "-A", "POSTROUTING", "-j", layout.VM_CHAIN])
+    shutil.copy(vm_image.image().ssh_key, SSH_KEY)
     with step("booting the VM"):
         QEMU.start()
 
@@ -188,8 +191,8 @@ def _install(guest: Guest, kind: str) -> None:
         guest.sh(f"systemctl disable -q --now {other}.service", check=False)
     config = agent.merge_patch(_config(), json.loads(os.environ.get("RKUBELET_CONFIG_PATCH") or "{}"))
     extra = " ".join(f"{name}={value}" for name, value in json.loads(os.environ.get("AGENT_ENV") or "{}").items())
+    guest.copy(agent.binary(kind), f"/usr/bin/{kind}")
     for path, content, mode in [
-        (f"/usr/bin/{kind}", agent.binary(kind).read_bytes(), 0o755),
         (f"/etc/systemd/system/{kind}.service", unit, 0o644),
         (f"/etc/default/{kind}", f"{kind.upper()}_EXTRA_ARGS=--v=2\n{extra}\n", 0o644),
         (CONFIG_PATH, json.dumps(config, indent=1), 0o600),
@@ -251,6 +254,7 @@ def stop() -> None:
     if QEMU.pid_file.exists():
         with step("stopping the VM"):
             QEMU.stop(timeout=10)
+    CONNECTION.stop()
     _remove_from_host()
 
 
@@ -269,7 +273,7 @@ def left_over() -> list[str]:
     addresses = re.compile(rf"\b{layout.VM_IP}\b|\b{layout.VM_HOST_IP}\b|\b{re.escape(layout.VM_NETWORK)}|{layout.VM_TAP}")
     left += [f"route {line}" for line in run(["ip", "-o", "route", "show", "table", "all"]).splitlines() if addresses.search(line)]
     left += [f"rule {line}" for line in run(["iptables-save"]).splitlines() if layout.VM_CHAIN in line or addresses.search(line)]
-    left += [f"file {path}" for path in (layout.VM, QEMU.pid_file) if path.exists()]
+    left += [f"file {path}" for path in (layout.VM, QEMU.pid_file, CONNECTION.pid_file) if path.exists()]
     if controlplane.API_SERVER.alive():
         status, _, _ = apiclient.admin_client().raw("GET", apiclient.resource_path("nodes", name=layout.VM_NODE_NAME))
         left += [f"node {layout.VM_NODE_NAME} (status {status})"] if status != 404 else []

@@ -6,6 +6,7 @@ unit, its configuration) is not in here: `vm` installs it in the running guest, 
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Iterator
 
 from e2e.harness import images, layout, runtime, tools, versions
+from e2e.harness.processes import MARKER
 from e2e.harness.steps import poll, run, step
 from e2e.harness.versions import IMAGE_NAMES
 
@@ -168,6 +170,9 @@ def _configure(root: Path, made: VmImage) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (root / "root/.ssh").chmod(0o700)
+    for path in (root / "etc/apparmor.d").iterdir():  # Debian's profiles for its programs: half a minute of a boot
+        if path.is_file():
+            path.unlink()
     units = ["systemd-networkd.service", "systemd-networkd-wait-online.service", "containerd.service", "ssh.service"]
     run(["chroot", root, "systemctl", "enable", "-q", *units])
     run(["chroot", root, "systemctl", "mask", "-q", "apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer",
@@ -175,12 +180,14 @@ def _configure(root: Path, made: VmImage) -> None:
 
 
 def _containerd_config() -> str:
-    """containerd's own defaults but for the systemd cgroup driver, Debian's CNI folder and our pause image."""
+    """containerd's own defaults but for the systemd cgroup driver, huge pages, Debian's CNI folder and our pause image."""
     cri = "plugins.'io.containerd.cri.v1.runtime'"
     return "\n".join([
         "version = 3",
         "[plugins.'io.containerd.cri.v1.images'.pinned_images]",
         f"sandbox = {json.dumps(IMAGE_NAMES['pause'])}",
+        f"[{cri}]",
+        "disable_hugetlb_controller = false",  # by default it passes no limits of huge pages on
         f"[{cri}.cni]",
         f"bin_dirs = [{json.dumps(CNI_PROGRAMS)}]",
         f"conf_dir = {json.dumps(CNI_CONFIG)}",
@@ -222,7 +229,7 @@ def _containerd(root: Path, scratch: Path) -> Iterator[Path]:
     ]) + "\n")
     with open(scratch / "containerd.log", "wb") as log:
         child = subprocess.Popen([tools.path("containerd"), "--config", str(config)], stdin=subprocess.DEVNULL,
-                                 stdout=log, stderr=log)
+                                 stdout=log, stderr=log, env={**os.environ, MARKER: "vm-image"})
         try:
             yield socket
         finally:

@@ -39,9 +39,11 @@ def _properties(cluster: VmCluster, unit: str, *names: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in cluster.guest.sh(f"systemctl show '{unit}' {wanted}").splitlines())
 
 
-def _run(cluster: VmCluster, name: str, ns: str, resources: dict) -> dict:
-    cluster.create(cluster.pod(name, ns, image=cluster.images.busybox, args=["sleep", "1d"], container={"resources": resources}))
-    return cluster.wait_ready(name, ns, READY_SECONDS)
+def _run(cluster: VmCluster, ns: str, **resources: dict) -> list[dict]:
+    """A pod for each name, all at once; gives them as they are when Ready."""
+    for name, wanted in resources.items():
+        cluster.create(cluster.pod(name, ns, image=cluster.images.busybox, args=["sleep", "1d"], container={"resources": wanted}))
+    return [cluster.wait_ready(name, ns, READY_SECONDS) for name in resources]
 
 
 def _weight(millicores: int) -> int:
@@ -63,16 +65,15 @@ def test_slices_of_the_node(cluster: VmCluster) -> None:
     found = _values(cluster, ROOT, "memory.max", "cpu.weight", "cgroup.subtree_control")
     assert int(found["memory.max"]) == int(status["capacity"]["memory"].removesuffix("Ki")) * 1024, found
     assert int(found["cpu.weight"]) == _weight(1000 * int(status["capacity"]["cpu"])), found
-    assert {"cpu", "memory", "pids", "cpuset", "hugetlb"} <= set(found["cgroup.subtree_control"].split()), found
+    assert {"cpu", "memory", "pids", "hugetlb"} <= set(found["cgroup.subtree_control"].split()), found
     assert _values(cluster, f"{ROOT}/kubepods-besteffort.slice", "cpu.weight") == {"cpu.weight": "1"}
 
 
 def test_pods_are_in_the_slices_of_their_class(cluster: VmCluster) -> None:
     with cluster.namespace("vm-slices") as ns:
-        for name, resources, qos in (("guaranteed", GUARANTEED, "Guaranteed"), ("burstable", BURSTABLE, "Burstable"),
-                                     ("besteffort", {}, "BestEffort")):
-            pod = _run(cluster, name, ns, resources)
-            assert pod["status"]["qosClass"] == qos
+        for pod in _run(cluster, ns, guaranteed=GUARANTEED, burstable=BURSTABLE, besteffort={}):
+            name = pod["metadata"]["name"]
+            assert pod["status"]["qosClass"].lower() == name
             assert _properties(cluster, _slice(pod), "ActiveState") == {"ActiveState": "active"}, name
             folders = cluster.guest.sh(f"cd {_folder(pod)} && ls -d *.scope").split()
             assert len(folders) == 2 and _container(pod).rpartition("/")[2] in folders, f"sandbox and container: {folders}"
@@ -87,7 +88,7 @@ def test_pods_are_in_the_slices_of_their_class(cluster: VmCluster) -> None:
 def test_limits_of_pod_and_container(cluster: VmCluster) -> None:
     """In the files, and in systemd's unit, which would else write over them."""
     with cluster.namespace("vm-limits") as ns:
-        pod = _run(cluster, "limited", ns, BURSTABLE)
+        [pod] = _run(cluster, ns, limited=BURSTABLE)
         names = ("memory.max", "cpu.max", "cpu.weight", "pids.max")
         limits = {"memory.max": str(128 * MIB), "cpu.max": "50000 100000"}
         of_pod = _values(cluster, _folder(pod), *names)
@@ -105,7 +106,7 @@ def test_limits_of_pod_and_container(cluster: VmCluster) -> None:
 
 def test_pod_without_limits(cluster: VmCluster) -> None:
     with cluster.namespace("vm-limits") as ns:
-        pod = _run(cluster, "free", ns, {})
+        [pod] = _run(cluster, ns, free={})
         found = _values(cluster, _folder(pod), "memory.max", "cpu.max", "cpu.weight", "pids.max")
         assert found == {"memory.max": "max", "cpu.max": "max 100000", "cpu.weight": "1", "pids.max": str(PODS_LIMIT)}, found
 
@@ -113,11 +114,11 @@ def test_pod_without_limits(cluster: VmCluster) -> None:
 def test_oom_scores_by_class(cluster: VmCluster) -> None:
     with cluster.namespace("vm-oom-score") as ns:
         capacity = int(cluster.node()["status"]["capacity"]["memory"].removesuffix("Ki")) * 1024
-        burstable = 1000 - 1000 * 64 * MIB // capacity
-        for name, resources, score in (("guaranteed", GUARANTEED, -997), ("burstable", BURSTABLE, burstable), ("besteffort", {}, 1000)):
-            pod = _run(cluster, name, ns, resources)
+        scores = {"guaranteed": -997, "burstable": 1000 - 1000 * 64 * MIB // capacity, "besteffort": 1000}
+        for pod in _run(cluster, ns, guaranteed=GUARANTEED, burstable=BURSTABLE, besteffort={}):
+            name = pod["metadata"]["name"]
             pid = cluster.guest.read(f"{_container(pod)}/cgroup.procs").split()[0]
-            assert int(cluster.guest.read(f"/proc/{pid}/oom_score_adj")) == score, name
+            assert int(cluster.guest.read(f"/proc/{pid}/oom_score_adj")) == scores[name], name
             script = f"cat {_folder(pod)}/*.scope/cgroup.procs | while read p; do echo $(cat /proc/$p/oom_score_adj) $(cat /proc/$p/comm); done"
             assert "-998 pause" in cluster.guest.sh(script).splitlines(), f"sandbox of {name}"
 
@@ -135,15 +136,14 @@ def test_container_over_its_memory_limit(cluster: VmCluster) -> None:
 
         state = cluster.wait(ended, READY_SECONDS, "the container was killed")
         assert (state["reason"], state["exitCode"]) == ("OOMKilled", 137), state
-        assert cluster.get("pods", "greedy", ns)["status"]["phase"] == "Failed"
+        cluster.wait(lambda: cluster.get("pods", "greedy", ns)["status"]["phase"] == "Failed", 30, "the pod has Failed")
 
 
 def test_hugepage_limits(cluster: VmCluster) -> None:
     assert cluster.node()["status"]["allocatable"]["hugepages-2Mi"] == "32Mi"
     with cluster.namespace("vm-hugepages") as ns:
-        pod = _run(cluster, "huge", ns, {"limits": {"cpu": "100m", "memory": "64Mi", "hugepages-2Mi": "4Mi"}})
-        for folder in (_folder(pod), _container(pod)):
+        huge, plain = _run(cluster, ns, plain=GUARANTEED, huge={"limits": {**GUARANTEED["limits"], "hugepages-2Mi": "4Mi"}})[::-1]
+        for folder in (_folder(huge), _container(huge)):
             found = _values(cluster, folder, "hugetlb.2MB.max")
             assert found == {"hugetlb.2MB.max": str(4 * MIB)}, (folder, found)
-        plain = _run(cluster, "plain", ns, GUARANTEED)
         assert _values(cluster, _container(plain), "hugetlb.2MB.max") == {"hugetlb.2MB.max": "0"}

@@ -162,6 +162,8 @@ def _configure(root: Path, made: VmImage) -> None:
         "etc/sysctl.d/90-node.conf": _SYSCTLS,
         "etc/systemd/network/10-vm.network": _NETWORK,
         "etc/systemd/system/containerd.service": _CONTAINERD_UNIT,
+        # What ignores SIGTERM in a container would hold a reboot up for 90 s.
+        "etc/systemd/system.conf.d/stop.conf": "[Manager]\nDefaultTimeoutStopSec=15s\n",
         "etc/containerd/config.toml": _containerd_config(),
         "root/.ssh/authorized_keys": made.ssh_key.with_suffix(".pub").read_text(),
     }

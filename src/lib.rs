@@ -7,6 +7,7 @@ pub mod config;
 pub mod containers;
 pub mod cri;
 pub mod events;
+pub mod garbage_collection;
 pub mod images;
 pub mod logs;
 pub mod network;

@@ -10,17 +10,16 @@ use crate::{
     api::EventRecorder,
     config::CgroupDriver,
     cri::{RuntimeService, RuntimeStore},
+    events::EventSink,
+    images::{CollectorParts, RuntimeImageUsers, machine_stat_fs},
     node::{self, Handshake},
     pod_status::ApiPublisher,
     pod_worker::PodWorkers,
-    pods::PodStore,
+    pods::{PodStore, PodUid},
     probes::NodeProbes,
-    resources::PodCgroups,
     server::{ServerError, ServerParts},
     telemetry::Metrics,
     time::Clock,
-    volumes::PodVolumes,
-    wake::{Cause, WakeSink},
 };
 
 const HANDSHAKE_RETRY: Duration = Duration::from_secs(2);
@@ -109,22 +108,22 @@ pub(super) fn pleg_health(store: &Arc<RuntimeStore>, clock: &Arc<dyn Clock>) -> 
     Arc::new(move || store.pleg_health(clock.now().mono).err().map(|e| e.to_string()).into_iter().collect())
 }
 
-/// Once every source was heard, each pod that the runtime, the disk or the cgroup tree still knows is looked at: orphans end there.
-pub(super) async fn wake_leftovers(
-    mut complete: watch::Receiver<bool>,
-    runtime_store: Arc<RuntimeStore>,
-    volumes: Arc<dyn PodVolumes>,
-    cgroups: Arc<dyn PodCgroups>,
-    wakes: Arc<dyn WakeSink>,
-    cancel: CancellationToken,
-) {
-    tokio::select! {
-        () = cancel.cancelled() => return,
-        heard = complete.wait_for(|complete| *complete) => if heard.is_err() { return },
-    }
-    let (on_disk, in_cgroups) = tokio::join!(volumes.on_disk(), cgroups.list());
-    for uid in runtime_store.uids().iter().chain(&on_disk).chain(&in_cgroups) {
-        wakes.wake(uid, Cause::Desired);
+pub(super) fn has_worker(workers: &Arc<PodWorkers>) -> Arc<dyn Fn(&PodUid) -> bool + Send + Sync> {
+    let workers = Arc::clone(workers);
+    Arc::new(move |uid| workers.has(uid))
+}
+
+pub(super) fn image_collector_parts(
+    runtime: &Arc<dyn RuntimeService>,
+    store: &Arc<RuntimeStore>,
+    events: &Arc<dyn EventSink>,
+    clock: &Arc<dyn Clock>,
+) -> CollectorParts {
+    CollectorParts {
+        users: Arc::new(RuntimeImageUsers { runtime: Arc::clone(runtime), store: Arc::clone(store) }),
+        stat_fs: machine_stat_fs(),
+        events: Arc::clone(events),
+        clock: Arc::clone(clock),
     }
 }
 

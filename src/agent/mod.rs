@@ -16,7 +16,8 @@ use crate::{
     config::{self, Config},
     cri::{CriClient, CriMetrics, FollowSettings, ImageService, RuntimeService, RuntimeStore},
     events::EventSink,
-    images::NodeImages,
+    garbage_collection::{Collector, CollectorParts},
+    images::{ImageParts, ImagesSetupError, NodeImages},
     node::{self, NodeAgent, NodeHandles, NodeParts, tunables},
     pod_status::ApiPublisher,
     pod_worker::{PodWorkers, StartGate, WorkerParts, WorkerWakes},
@@ -51,6 +52,8 @@ pub enum AgentError {
     Endpoint(#[from] crate::cri::EndpointError),
     #[error("failed to read the machine: {0}")]
     Machine(#[from] node::MachineError),
+    #[error(transparent)]
+    Images(#[from] ImagesSetupError),
     #[error("failed to set up cgroups: {0}")]
     Cgroups(#[from] crate::resources::CgroupError),
     #[error("failed to register metrics: {0}")]
@@ -164,13 +167,17 @@ impl Agent {
             Arc::clone(&clock),
             rand::random(),
         )?);
-        let images = Arc::new(NodeImages::new(
-            &settings::images(&config),
-            Arc::clone(&side.images),
-            Arc::clone(&objects),
-            Arc::clone(&recorder),
-            Arc::clone(&clock),
-        ));
+        let image_parts = ImageParts {
+            service: Arc::clone(&side.images),
+            objects: Arc::clone(&objects),
+            events: Arc::clone(&recorder),
+            clock: Arc::clone(&clock),
+        };
+        let images = Arc::new(NodeImages::new(&settings::images(&config), image_parts, metrics.registry())?);
+        let image_collector = images.garbage_collector(
+            settings::image_collector(&config),
+            lifecycle::image_collector_parts(&side.runtime, &side.store, &recorder, &clock),
+        );
         let mutations = TaskTracker::new();
         let ledger = PodLedger::new(LedgerParts {
             policy: settings::resize(&config, cgroups.is_v2()),
@@ -211,14 +218,23 @@ impl Agent {
             Arc::clone(&clock),
             cancel.clone(),
         ));
-        background.spawn(lifecycle::wake_leftovers(
-            store.completeness(),
-            Arc::clone(&side.store),
+        background.spawn(image_collector.run(cancel.clone()));
+        let garbage = Collector::new(CollectorParts {
+            limits: settings::dead_containers(&config),
+            pod_logs_dir: settings::pod_logs_dir(&config),
+            container_logs_dir: settings::CONTAINER_LOGS_DIR.into(),
+            store: Arc::clone(&store),
+            runtime: Arc::clone(&side.runtime),
+            runtime_store: Arc::clone(&side.store),
             volumes,
-            Arc::new(cgroups),
-            Arc::clone(&wakes),
-            cancel.clone(),
-        ));
+            cgroups: Arc::new(cgroups),
+            has_worker: lifecycle::has_worker(&workers),
+            wakes: Arc::clone(&wakes),
+            events: Arc::clone(&recorder),
+            clock: Arc::clone(&clock),
+            mutations: mutations.clone(),
+        });
+        background.spawn(Arc::new(garbage).run(store.completeness(), cancel.clone()));
         if let Some(address) = settings::healthz(&config) {
             background.spawn(server::serve_healthz(address, cancel.clone()));
         }

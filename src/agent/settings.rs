@@ -15,7 +15,8 @@ use crate::{
     cli,
     config::{CgroupDriver, Config, GoDuration, HostFacts},
     containers::{ContainerPolicy, container_hash},
-    images::ImageSettings,
+    garbage_collection::Limits,
+    images::{CollectorSettings, ImageSettings, ProviderSettings, VerificationPolicy},
     network::DnsSettings,
     node::{Handshake, HostPaths, Machine, MachineError, NodeFacts, NodeSettings},
     pod_worker::{WorkerSettings, backoff::BackoffLimits, decide::Rules},
@@ -87,6 +88,45 @@ pub(super) fn images(config: &Config) -> ImageSettings {
         registry_qps: f64::from(kubelet.registry_pull_qps),
         registry_burst: kubelet.registry_burst.max(0) as u32,
         home: std::env::var_os("HOME").map(PathBuf::from),
+        verification: VerificationPolicy::from_config(
+            &kubelet.image_pull_credentials_verification_policy,
+            &kubelet.preloaded_images_verification_allowlist,
+        ),
+        providers: credential_providers(config),
+        handler_in_specs: config.feature_gates.enabled("RuntimeClassInImageCriApi"),
+    }
+}
+
+/// `None`: neither flag was given.
+fn credential_providers(config: &Config) -> Option<ProviderSettings> {
+    let (file, directory) = (
+        config.flags.image_credential_provider_config.clone(),
+        config.flags.image_credential_provider_bin_directory.clone(),
+    );
+    (file.is_some() || directory.is_some()).then(|| ProviderSettings {
+        config: file.unwrap_or_default(),
+        bin_dir: directory.unwrap_or_default(),
+        service_account_tokens: config.feature_gates.enabled("KubeletServiceAccountTokenForCredentialProviders"),
+    })
+}
+
+pub(super) fn image_collector(config: &Config) -> CollectorSettings {
+    let kubelet = &config.kubelet;
+    let percent = |value: i32| u64::try_from(value).unwrap_or(0);
+    CollectorSettings {
+        high_threshold: percent(kubelet.image_gc_high_threshold_percent),
+        low_threshold: percent(kubelet.image_gc_low_threshold_percent),
+        minimum_age: duration(kubelet.image_minimum_gc_age),
+        maximum_age: duration(kubelet.image_maximum_gc_age),
+    }
+}
+
+/// Of dead containers.
+pub(super) fn dead_containers(config: &Config) -> Limits {
+    Limits {
+        per_container: usize::try_from(config.flags.maximum_dead_containers_per_container).ok(),
+        total: usize::try_from(config.flags.maximum_dead_containers).ok(),
+        minimum_age: duration(config.flags.minimum_container_ttl),
     }
 }
 

@@ -1,13 +1,18 @@
 //! [`ReferencedObjects`] over the apiserver: the tables of configMaps and secrets, the token cache and the services, as one part.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
+use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec,
-    client::ApiClients, objects::Table, references::References, services::ServiceTable, tokens::TokenCache,
+    ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountData, ServiceAccountToken, ServiceEnv,
+    TokenSpec, client::ApiClients, objects::Table, references::References, rest, services::ServiceTable,
+    tokens::TokenCache,
 };
 use crate::{
     pods::{Pod, PodUid},
@@ -16,6 +21,7 @@ use crate::{
 
 /// The one cache of referenced objects. Make it inside the runtime: it starts the watch of the services.
 pub struct ObjectCache {
+    clients: ApiClients,
     config_maps: Table<ConfigMapData>,
     secrets: Table<SecretData>,
     tokens: TokenCache,
@@ -34,12 +40,25 @@ impl ObjectCache {
             }
         });
         Self {
+            clients: clients.clone(),
             config_maps: Table::new(clients.clone(), Arc::clone(wakes)),
             secrets: Table::new(clients.clone(), Arc::clone(wakes)),
             tokens: TokenCache::new(clients.clone(), Arc::clone(wakes)),
             services,
         }
     }
+}
+
+#[derive(Deserialize)]
+struct ServiceAccountWire {
+    metadata: ServiceAccountMeta,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct ServiceAccountMeta {
+    uid: String,
+    annotations: Option<BTreeMap<String, String>>,
 }
 
 #[async_trait]
@@ -66,6 +85,20 @@ impl ReferencedObjects for ObjectCache {
 
     async fn service_account_token(&self, pod: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError> {
         self.tokens.token(pod, spec).await
+    }
+
+    async fn service_account(&self, namespace: &str, name: &str) -> Result<ServiceAccountData, ApiError> {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{name}");
+        let answer = rest::get(&self.clients.general, &path).await;
+        match answer.and_then(|bytes| rest::decode::<ServiceAccountWire>("ServiceAccount", &bytes, false)) {
+            Ok(ServiceAccountWire { metadata }) => {
+                Ok(ServiceAccountData { uid: metadata.uid, annotations: metadata.annotations.unwrap_or_default() })
+            }
+            Err(error) if error.is_not_found() => {
+                Err(ApiError::NotFound { kind: "serviceaccounts", name: name.to_owned() })
+            }
+            Err(error) => Err(ApiError::Unavailable { message: error.to_string() }),
+        }
     }
 
     fn services(&self, namespace: &str) -> Option<Vec<ServiceEnv>> {

@@ -31,5 +31,8 @@ pub use cache::ObjectCache;
 pub use client::{ApiClients, ApiSettings, WatchSlot};
 pub use kubeconfig::ApiSetupError;
 pub(crate) use limiter::Backoff;
-pub use ports::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec};
+pub use ports::{
+    ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountData, ServiceAccountToken, ServiceEnv,
+    TokenSpec,
+};
 pub use recorder::EventRecorder;

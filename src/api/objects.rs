@@ -94,7 +94,8 @@ pub(super) struct SecretWire {
 impl From<SecretWire> for (BareMeta, SecretData) {
     fn from(wire: SecretWire) -> Self {
         let data = wire.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.0)).collect();
-        (wire.metadata, SecretData { type_: wire.type_, data, immutable: wire.immutable.unwrap_or(false) })
+        let (uid, immutable) = (wire.metadata.uid.clone(), wire.immutable.unwrap_or(false));
+        (wire.metadata, SecretData { uid, type_: wire.type_, data, immutable })
     }
 }
 

@@ -31,6 +31,7 @@ pub struct ConfigMapData {
 /// A secret's content. Its `Debug` shows key names only.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct SecretData {
+    pub uid: String,
     pub type_: String,
     pub data: BTreeMap<String, Vec<u8>>,
     pub immutable: bool,
@@ -40,6 +41,13 @@ impl fmt::Debug for SecretData {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SecretData").field("type_", &self.type_).field("keys", &self.data.keys()).finish()
     }
+}
+
+/// What a credential provider may learn of a service account (contract I-07).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ServiceAccountData {
+    pub uid: String,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// What a projected `serviceAccountToken` source asks for.
@@ -88,6 +96,11 @@ pub trait ReferencedObjects: Send + Sync + 'static {
 
     /// A token bound to the pod (name and UID), cached and renewed at 80 % of its life or after 24 h (contract V-26).
     async fn service_account_token(&self, pod: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError>;
+
+    /// Read from the apiserver each time. Only credential providers in service account mode ask.
+    async fn service_account(&self, _namespace: &str, name: &str) -> Result<ServiceAccountData, ApiError> {
+        Err(ApiError::NotFound { kind: "serviceaccounts", name: name.to_owned() })
+    }
 
     /// The services of this namespace and `default/kubernetes`; `None` until the first complete list (contract P-51).
     fn services(&self, namespace: &str) -> Option<Vec<ServiceEnv>>;

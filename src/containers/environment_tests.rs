@@ -245,7 +245,7 @@ async fn p52_resources_of_the_container() {
 async fn p53_a_variable_from_a_file() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("env"), "K='v'\nBAD\n").unwrap();
-    let volume = MountedVolume { host_path: dir.path().into(), read_only: false, selinux_relabel: false };
+    let volume = MountedVolume { host_path: dir.path().into(), image: None, read_only: false, selinux_relabel: false };
     let volumes: MountedVolumes = [("v".to_owned(), volume)].into();
     for (key, optional, want) in [
         ("K", false, Ok(vec![("X", "v")])),

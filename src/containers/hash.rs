@@ -27,7 +27,7 @@ pub fn container_hash(container: &Container) -> u32 {
 }
 
 /// A JSON string as Go writes it: `<`, `>`, `&` and the two Unicode line separators escaped.
-fn go_json(text: &str) -> String {
+pub(crate) fn go_json(text: &str) -> String {
     serde_json::Value::from(text)
         .to_string()
         .replace('<', "\\u003c")

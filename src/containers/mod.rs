@@ -27,6 +27,7 @@ pub use downward::{format_map, pod_field, resource_field};
 pub use environment::environment;
 pub use expand::{expand, expand_sub_path};
 pub use hash::container_hash;
+pub(crate) use hash::go_json;
 pub use labels::{
     ContainerAnnotations, ContainerLabels, DEFAULT_TERMINATION_MESSAGE_PATH, SandboxLabels, TerminationMessagePolicy,
 };

@@ -29,3 +29,5 @@ pub use ports::{ContainerEventStream, ImageService, RuntimeService};
 pub use protocols::cri::v1;
 pub use store::{PlegError, Relisted, RuntimeStore};
 pub use translate::{CONTAINER_NAME_LABEL, POD_UID_LABEL};
+#[cfg(test)]
+pub(crate) use translate::{container, sandbox};

@@ -1,21 +1,54 @@
-//! Which credentials are tried for an image, and in which order (contract I-05).
+//! Which credentials are tried for an image, and in which order (contract I-05); where each comes from, for the pull records (I-10).
 
 use std::fmt;
 
 use protocols::cri::v1;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::glob;
+use crate::containers::go_json;
 
 const DEFAULT_REGISTRY: &str = "index.docker.io";
 
-/// One login. Its `Debug` shows nothing.
-#[derive(Clone, PartialEq, Eq, Hash)]
+/// Which object a credential belongs to, as the pull records write it (contract I-10).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Coordinates {
+    pub(super) uid: String,
+    pub(super) namespace: String,
+    pub(super) name: String,
+}
+
+/// Who may use what was pulled with a credential.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub(super) enum CredentialSource {
+    /// The node's own files, or a provider that knows no pod: every pod of the node.
+    #[default]
+    Node,
+    Secret(Coordinates),
+    ServiceAccount(Coordinates),
+}
+
+/// One login. Its `Debug` shows nothing of it but where it is from.
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub(super) struct Credential {
     pub(super) username: String,
     pub(super) password: String,
+    /// Part of the hash, never sent.
+    pub(super) email: String,
+    pub(super) source: CredentialSource,
 }
 
 impl Credential {
+    /// SHA-256 in hex over the JSON that the Go kubelet hashes (contract I-10).
+    pub(super) fn hash(&self) -> String {
+        let fields = [("username", &self.username), ("password", &self.password), ("email", &self.email)];
+        let set = fields.iter().filter(|(_, value)| !value.is_empty());
+        let json: Vec<String> = set.map(|(name, value)| format!("\"{name}\":{}", go_json(value))).collect();
+        hex(&Sha256::digest(format!("{{{}}}", json.join(","))))
+    }
+
     pub(super) fn to_cri(&self) -> v1::AuthConfig {
         v1::AuthConfig { username: self.username.clone(), password: self.password.clone(), ..Default::default() }
     }
@@ -23,8 +56,13 @@ impl Credential {
 
 impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credential(<redacted>)")
+        write!(f, "Credential(<redacted>, {:?})", self.source)
     }
+}
+
+/// In lower case.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Credentials by registry: `host[:port][/path]`, where labels of the host may be patterns.
@@ -62,7 +100,7 @@ fn split_path(text: &str) -> (&str, &str) {
 }
 
 /// Ports equal, as many labels each matching, and the path a prefix.
-fn registry_matches(key: &str, repository: &str) -> bool {
+pub(super) fn registry_matches(key: &str, repository: &str) -> bool {
     let ((key_host, key_path), (host, path)) = (split_path(key), split_path(repository));
     let ((key_host, key_port), (host, port)) = (split_port(key_host), split_port(host));
     let (key_labels, labels): (Vec<_>, Vec<_>) = (key_host.split('.').collect(), host.split('.').collect());
@@ -94,7 +132,7 @@ mod tests {
     fn keyring(keys: &[&str]) -> Keyring {
         let mut keyring = Keyring::default();
         for (at, key) in keys.iter().enumerate() {
-            keyring.add(key, Credential { username: format!("{at}"), password: "hush".into() });
+            keyring.add(key, Credential { username: format!("{at}"), password: "hush".into(), ..Default::default() });
         }
         keyring
     }
@@ -134,5 +172,25 @@ mod tests {
     #[test]
     fn i05_debug_shows_no_secret() {
         assert!(!format!("{:?}", keyring(&["reg.io"])).contains("hush"));
+    }
+
+    #[test]
+    fn i10_the_hash_is_the_go_kubelets() {
+        let credential = |username: &str, password: &str, email: &str| Credential {
+            username: username.into(),
+            password: password.into(),
+            email: email.into(),
+            ..Default::default()
+        };
+        let sha256 = |json: &str| hex(&Sha256::digest(json));
+        for (of, json) in [
+            (credential("u", "p", ""), r#"{"username":"u","password":"p"}"#),
+            (credential("u", "<&>", "e@x"), r#"{"username":"u","password":"\u003c\u0026\u003e","email":"e@x"}"#),
+            (credential("", "", ""), "{}"),
+        ] {
+            assert_eq!(of.hash(), sha256(json));
+        }
+        let source = CredentialSource::Secret(Coordinates::default());
+        assert_eq!(Credential { source, ..credential("u", "p", "") }.hash(), credential("u", "p", "").hash());
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use base64::{Engine, engine::general_purpose};
 use serde::Deserialize;
 
-use super::credentials::{Credential, Keyring};
+use super::credentials::{Coordinates, Credential, CredentialSource, Keyring};
 use crate::api::SecretData;
 
 /// Why a config cannot be read. Says where, never what stands there.
@@ -37,6 +37,8 @@ struct Entry {
     username: Option<String>,
     #[serde(default)]
     password: Option<String>,
+    #[serde(default)]
+    email: Option<String>,
     /// base64 of `username:password`; wins over the two.
     #[serde(default)]
     auth: Option<String>,
@@ -49,33 +51,40 @@ impl fmt::Debug for Entry {
 }
 
 impl Entry {
-    fn credential(self) -> Result<Credential, DockerConfigError> {
-        match self.auth.as_deref().map(str::trim).filter(|auth| !auth.is_empty()) {
-            Some(auth) => decode(auth),
-            None => Ok(Credential {
-                username: self.username.unwrap_or_default(),
-                password: self.password.unwrap_or_default(),
-            }),
-        }
+    fn credential(self, source: &CredentialSource) -> Result<Credential, DockerConfigError> {
+        let (username, password) = match self.auth.as_deref().map(str::trim).filter(|auth| !auth.is_empty()) {
+            Some(auth) => decode(auth)?,
+            None => (self.username.unwrap_or_default(), self.password.unwrap_or_default()),
+        };
+        Ok(Credential { username, password, email: self.email.unwrap_or_default(), source: source.clone() })
     }
 }
 
-fn decode(auth: &str) -> Result<Credential, DockerConfigError> {
+fn decode(auth: &str) -> Result<(String, String), DockerConfigError> {
     let engine = if auth.ends_with('=') { general_purpose::STANDARD } else { general_purpose::STANDARD_NO_PAD };
     let decoded = engine.decode(auth).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let decoded = decoded.ok_or(DockerConfigError::Auth)?;
     let (username, password) = decoded.split_once(':').ok_or(DockerConfigError::Auth)?;
-    Ok(Credential { username: username.to_owned(), password: password.to_owned() })
+    Ok((username.to_owned(), password.to_owned()))
 }
 
 /// Adds what a pull secret holds. Secrets of other types, and empty ones, hold nothing.
-pub(super) fn add_secret(keyring: &mut Keyring, secret: &SecretData) -> Result<(), DockerConfigError> {
+pub(super) fn add_secret(
+    keyring: &mut Keyring,
+    secret: &SecretData,
+    namespace: &str,
+    name: &str,
+) -> Result<(), DockerConfigError> {
+    let of = Coordinates { uid: secret.uid.clone(), namespace: namespace.to_owned(), name: name.to_owned() };
+    let source = CredentialSource::Secret(of);
     let data = |key: &str| secret.data.get(key).filter(|bytes| !bytes.is_empty());
     match secret.type_.as_str() {
         "kubernetes.io/dockerconfigjson" => {
-            data(".dockerconfigjson").map_or(Ok(()), |bytes| add(keyring, config_json(bytes)?))
+            data(".dockerconfigjson").map_or(Ok(()), |bytes| add(keyring, config_json(bytes)?, &source))
         }
-        "kubernetes.io/dockercfg" => data(".dockercfg").map_or(Ok(()), |bytes| add(keyring, from_json(bytes)?)),
+        "kubernetes.io/dockercfg" => {
+            data(".dockercfg").map_or(Ok(()), |bytes| add(keyring, from_json(bytes)?, &source))
+        }
         _ => Ok(()),
     }
 }
@@ -88,9 +97,9 @@ fn from_json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, DockerCo
     serde_json::from_slice(bytes).map_err(|e| DockerConfigError::Json { line: e.line(), column: e.column() })
 }
 
-fn add(keyring: &mut Keyring, auths: Auths) -> Result<(), DockerConfigError> {
+fn add(keyring: &mut Keyring, auths: Auths, source: &CredentialSource) -> Result<(), DockerConfigError> {
     for (registry, entry) in auths {
-        keyring.add(&registry, entry.credential()?);
+        keyring.add(&registry, entry.credential(source)?);
     }
     Ok(())
 }
@@ -123,7 +132,7 @@ impl NodeConfigFiles {
             let Ok(bytes) = tokio::fs::read(path).await else { continue };
             let mut keyring = Keyring::default();
             let auths = if json { config_json(&bytes) } else { from_json(&bytes) };
-            match auths.and_then(|auths| add(&mut keyring, auths)) {
+            match auths.and_then(|auths| add(&mut keyring, auths, &CredentialSource::Node)) {
                 Ok(()) => return keyring,
                 Err(error) => tracing::warn!(path = %path.display(), %error, "docker config file is left out"),
             }
@@ -140,13 +149,13 @@ mod tests {
         SecretData {
             type_: type_.into(),
             data: [(key.to_owned(), content.as_bytes().to_vec())].into(),
-            immutable: false,
+            ..Default::default()
         }
     }
 
     fn lookup(secret: &SecretData, image: &str) -> Vec<(String, String)> {
         let mut keyring = Keyring::default();
-        add_secret(&mut keyring, secret).unwrap();
+        add_secret(&mut keyring, secret, "ns", "s").unwrap();
         keyring.lookup(image).into_iter().map(|c| (c.username, c.password)).collect()
     }
 
@@ -182,7 +191,7 @@ mod tests {
             r#"{"auths":{"r":{"auth":"aHVzaA=="}}}"#,
         ] {
             let secret = secret("kubernetes.io/dockerconfigjson", ".dockerconfigjson", content);
-            let error = add_secret(&mut Keyring::default(), &secret).unwrap_err().to_string();
+            let error = add_secret(&mut Keyring::default(), &secret, "ns", "s").unwrap_err().to_string();
             assert!(!error.contains("hush"), "{error}");
         }
     }

@@ -1,6 +1,7 @@
 //! What the pod worker sees of images.
 
 use async_trait::async_trait;
+use k8s_openapi::api::core::v1::ImageVolumeSource;
 use protocols::cri::v1;
 use tokio::time::Instant;
 
@@ -40,6 +41,19 @@ pub trait Images: Send + Sync + 'static {
         container: ContainerRef<'_>,
         sandbox: &v1::PodSandboxConfig,
     ) -> Result<PresentImage, ImageError>;
+
+    /// The same for a volume that is an image (contract I-13): its events are on the pod, and one try at a time serves all the containers
+    /// that mount it. What comes back goes into `Mount.image`.
+    async fn ensure_volume(
+        &self,
+        pod: &Pod,
+        volume: &str,
+        source: &ImageVolumeSource,
+        sandbox: &v1::PodSandboxConfig,
+    ) -> Result<v1::ImageSpec, ImageError>;
+
+    /// A container with so many image volumes was created, or the runtime could not mount them. For the metrics.
+    fn volumes_mounted(&self, _count: usize, _mounted: bool) {}
 
     /// Forgets the pod's back-off.
     fn forget(&self, uid: &PodUid);

@@ -1,5 +1,5 @@
 //! Pulls on their way to the runtime (contract I-08, I-09): in order of arrival, one at a time or several, at most so many a second,
-//! the same image with the same credentials once.
+//! the same image with the same credentials once; each with its pull records (I-10).
 //!
 //! A pull is a task of its own: whoever waits for it may go away, the pull goes on.
 
@@ -15,7 +15,11 @@ use tokio::{
     time::Instant,
 };
 
-use super::credentials::Credential;
+use super::{
+    credentials::{Credential, CredentialSource},
+    pull_records::PullRecords,
+    record_files::{PullCredentials, SecretCredential},
+};
 use crate::{
     cri::{CriError, ImageService},
     time::Clock,
@@ -24,6 +28,8 @@ use crate::{
 /// What is asked of the runtime.
 #[derive(Clone)]
 pub(super) struct PullRequest {
+    /// As the user wrote it: the name in the pull records.
+    pub(super) requested: String,
     pub(super) image: v1::ImageSpec,
     /// Tried in this order; none means without credentials.
     pub(super) credentials: Vec<Credential>,
@@ -41,8 +47,16 @@ pub(super) struct Pulled {
     pub(super) took: Duration,
 }
 
-/// The error's text, as it goes into events and the waiting message.
-pub(super) type PullResult = Result<Pulled, String>;
+/// Why there is no image, as it goes into events and the waiting message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum PullFailure {
+    /// The runtime was asked, or would have been.
+    Pull(String),
+    /// The intent could not be written, so nothing was asked.
+    Record(String),
+}
+
+pub(super) type PullResult = Result<Pulled, PullFailure>;
 
 #[derive(PartialEq, Eq, Hash, Clone)]
 struct Key {
@@ -63,6 +77,8 @@ pub(super) struct Limits {
 pub(super) struct PullQueue {
     service: Arc<dyn ImageService>,
     clock: Arc<dyn Clock>,
+    /// `None`: the feature is off.
+    records: Option<PullRecords>,
     /// Fair: first come, first served.
     slots: Option<Semaphore>,
     rate: Option<Mutex<TokenBucket>>,
@@ -70,18 +86,23 @@ pub(super) struct PullQueue {
 }
 
 impl PullQueue {
-    pub(super) fn new(service: Arc<dyn ImageService>, clock: Arc<dyn Clock>, limits: Limits) -> Arc<Self> {
+    pub(super) fn new(
+        service: Arc<dyn ImageService>,
+        clock: Arc<dyn Clock>,
+        limits: Limits,
+        records: Option<PullRecords>,
+    ) -> Arc<Self> {
         let bucket =
             (limits.qps > 0.0).then(|| Mutex::new(TokenBucket::new(limits.qps, limits.burst, clock.now().mono)));
         let slots = limits.parallel.map(|n| Semaphore::new(n.max(1)));
-        Arc::new(Self { service, clock, slots, rate: bucket, running: Mutex::default() })
+        Arc::new(Self { service, clock, records, slots, rate: bucket, running: Mutex::default() })
     }
 
     /// Waits for its turn and the pull, or joins the same pull on its way.
     pub(super) async fn pull(self: &Arc<Self>, request: PullRequest) -> PullResult {
         let mut result = self.start_or_join(request);
         let done = result.wait_for(Option::is_some).await.map(|value| value.clone());
-        done.ok().flatten().unwrap_or_else(|| Err("image pull was aborted".to_owned()))
+        done.ok().flatten().unwrap_or_else(|| Err(PullFailure::Pull("image pull was aborted".to_owned())))
     }
 
     fn start_or_join(self: &Arc<Self>, request: PullRequest) -> watch::Receiver<Option<PullResult>> {
@@ -104,15 +125,31 @@ impl PullQueue {
 
     async fn run(&self, request: PullRequest) -> PullResult {
         let _slot = match &self.slots {
-            Some(slots) => Some(slots.acquire().await.map_err(|error| error.to_string())?),
+            Some(slots) => Some(slots.acquire().await.map_err(|error| PullFailure::Pull(error.to_string()))?),
             None => None,
         };
         let start = self.clock.now().mono;
         if !self.take_token(start) {
-            return Err("pull QPS exceeded".to_owned());
+            return Err(PullFailure::Pull("pull QPS exceeded".to_owned()));
         }
-        let image = request.image.clone();
-        let reference = self.try_credentials(request).await?;
+        let (image, requested) = (request.image.clone(), request.requested.clone());
+        if let Some(records) = &self.records {
+            records.intend(&requested).await.map_err(|error| {
+                PullFailure::Record(format!(
+                    "Failed to record image pull intent for container image {requested:?}: failed to record image pull \
+                     intent: {error}"
+                ))
+            })?;
+        }
+        let pulled = self.try_credentials(request).await;
+        match (&self.records, &pulled) {
+            (Some(records), Ok((reference, used))) => {
+                records.succeeded(&requested, reference, proof(used.as_ref()), self.clock.now().wall).await;
+            }
+            (Some(records), Err(_)) => records.failed(&requested).await,
+            (None, _) => {}
+        }
+        let (reference, _) = pulled.map_err(PullFailure::Pull)?;
         let status = self.service.image_status(image).await.ok().flatten();
         Ok(Pulled { reference, status, took: self.clock.now().mono - start })
     }
@@ -121,21 +158,48 @@ impl PullQueue {
         self.rate.as_ref().is_none_or(|rate| rate.lock().unwrap_or_else(PoisonError::into_inner).take(now))
     }
 
-    async fn try_credentials(&self, request: PullRequest) -> Result<String, String> {
-        let PullRequest { image, credentials, sandbox } = request;
+    /// The runtime's reference, and the credential that worked.
+    async fn try_credentials(&self, request: PullRequest) -> Result<(String, Option<Credential>), String> {
+        let PullRequest { image, credentials, sandbox, .. } = request;
         let pull = |auth| self.service.pull_image(image.clone(), auth, Some(sandbox.clone()));
         if credentials.is_empty() {
-            return pull(None).await.map_err(|error| error.to_string());
+            return pull(None).await.map(|reference| (reference, None)).map_err(|error| error.to_string());
         }
         let mut errors = Vec::new();
-        for credential in &credentials {
+        for credential in credentials {
             match pull(Some(credential.to_cri())).await {
-                Ok(reference) => return Ok(reference),
+                Ok(reference) => return Ok((reference, Some(credential))),
                 Err(error) => errors.push(error),
             }
         }
         Err(aggregate(&errors))
     }
+}
+
+/// Who has shown access by a pull: the owner of the credential, or every pod when it was the node's or none.
+fn proof(used: Option<&Credential>) -> PullCredentials {
+    let mut proof = PullCredentials::default();
+    match used.map(|credential| (&credential.source, credential)) {
+        None | Some((CredentialSource::Node, _)) => proof.node_pods_accessible = true,
+        Some((CredentialSource::Secret(_), credential)) => {
+            proof.kubernetes_secrets.extend(secret_credential(credential));
+        }
+        Some((CredentialSource::ServiceAccount(account), _)) => {
+            proof.kubernetes_service_accounts.push(account.clone());
+        }
+    }
+    proof
+}
+
+/// What a record keeps of a pull secret's credential; `None` for credentials of other sources.
+pub(super) fn secret_credential(credential: &Credential) -> Option<SecretCredential> {
+    let CredentialSource::Secret(of) = &credential.source else { return None };
+    Some(SecretCredential {
+        uid: of.uid.clone(),
+        namespace: of.namespace.clone(),
+        name: of.name.clone(),
+        credential_hash: credential.hash(),
+    })
 }
 
 /// Different messages once each, in brackets when there is more than one.

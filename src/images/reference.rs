@@ -45,6 +45,22 @@ pub(super) fn defaults_to_always(image: &str) -> bool {
     ImageReference::parse(image).is_ok_and(|r| r.digest.is_none() && r.tag.is_none_or(|tag| tag == "latest"))
 }
 
+/// The name as the user wrote it, without tag and digest: how pull records file credentials (contract I-10).
+pub(super) fn without_tag(image: &str) -> Result<&str, InvalidReference> {
+    let ImageReference { tag, digest, .. } = ImageReference::parse(image)?;
+    let misplaced = |fault: String| InvalidReference { image: image.to_owned(), fault };
+    let mut name = image;
+    if let Some(digest) = digest {
+        let bare = name.strip_suffix(digest.as_str()).and_then(|name| name.strip_suffix('@'));
+        name = bare.ok_or_else(|| misplaced("digest was not specified last".to_owned()))?;
+    }
+    if let Some(tag) = tag {
+        let bare = name.strip_suffix(tag.as_str()).and_then(|name| name.strip_suffix(':'));
+        name = bare.ok_or_else(|| misplaced(format!("tag {tag:?} was not specified last (or before the digest)")))?;
+    }
+    Ok(name)
+}
+
 fn parse(image: &str) -> Result<ImageReference, String> {
     let invalid = || "invalid reference format".to_owned();
     if image.len() == 64 && image.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
@@ -244,6 +260,21 @@ mod tests {
             assert_eq!(with_default_tag(image).unwrap(), tagged);
             assert_eq!(defaults_to_always(image), always, "{image}");
         }
+    }
+
+    #[test]
+    fn i10_names_without_tag_and_digest() {
+        let digest = format!("reg:5000/a/b:v1@sha256:{HEX}");
+        for (image, bare) in [
+            ("nginx", "nginx"),
+            ("nginx:1.2", "nginx"),
+            ("docker.io/testing/test:latest", "docker.io/testing/test"),
+            ("reg:5000/a", "reg:5000/a"),
+            (digest.as_str(), "reg:5000/a/b"),
+        ] {
+            assert_eq!(without_tag(image).unwrap(), bare);
+        }
+        assert!(without_tag("A b").is_err());
     }
 
     proptest::proptest! {

@@ -8,6 +8,7 @@ use std::{
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ImageVolumeSource;
 use protocols::cri::v1;
 use tonic::Code;
 
@@ -31,6 +32,8 @@ struct FakeImages {
 struct State {
     present: HashMap<String, v1::Image>,
     failures: Vec<&'static str>,
+    /// Registries that want this user.
+    private: Option<&'static str>,
     latency: Duration,
     /// (image, username) of each pull as it started.
     pulls: Vec<(String, Option<String>)>,
@@ -59,7 +62,7 @@ impl ImageService for FakeImages {
     ) -> Result<String, CriError> {
         let latency = {
             let mut state = self.state.lock().unwrap();
-            state.pulls.push((image.image.clone(), auth.map(|a| a.username)));
+            state.pulls.push((image.image.clone(), auth.as_ref().map(|a| a.username.clone())));
             state.running += 1;
             state.most_running = state.most_running.max(state.running);
             state.latency
@@ -69,6 +72,9 @@ impl ImageService for FakeImages {
         state.running -= 1;
         if !state.failures.is_empty() {
             return Err(CriError::new("PullImage", Code::Unknown, state.failures.remove(0)).bare());
+        }
+        if state.private.is_some_and(|user| auth.is_none_or(|a| a.username != user)) {
+            return Err(CriError::new("PullImage", Code::Unknown, "401 Unauthorized").bare());
         }
         let id = format!("sha256:{}", image.image);
         state.present.insert(image.image, v1::Image { id: id.clone(), size: 42, ..Default::default() });
@@ -109,7 +115,7 @@ struct World {
     service: Arc<FakeImages>,
     events: Arc<MemoryEvents>,
     images: Arc<NodeImages>,
-    _root: tempfile::TempDir,
+    root: tempfile::TempDir,
 }
 
 impl World {
@@ -126,12 +132,16 @@ impl World {
             registry_burst: 10,
             root_dir: root.path().into(),
             home: None,
+            verification: Some(VerificationPolicy::NeverVerifyPreloadedImages),
+            providers: None,
+            handler_in_specs: false,
         };
         change(&mut settings);
         let (service, events) = (Arc::new(FakeImages::default()), Arc::new(MemoryEvents::default()));
         let clock = Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH));
-        let images = NodeImages::new(&settings, service.clone(), Arc::new(secrets), events.clone(), clock);
-        Self { service, events, images: Arc::new(images), _root: root }
+        let parts = ImageParts { service: service.clone(), objects: Arc::new(secrets), events: events.clone(), clock };
+        let images = NodeImages::new(&settings, parts, &prometheus::Registry::new()).unwrap();
+        Self { service, events, images: Arc::new(images), root }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -354,7 +364,8 @@ async fn i09_too_many_pulls_a_second_fail() {
 fn docker_secret(user: &str) -> SecretData {
     let config = format!(r#"{{"auths":{{"reg.io":{{"username":"{user}","password":"hush"}}}}}}"#);
     let data = [(".dockerconfigjson".to_owned(), config.into_bytes())].into();
-    SecretData { type_: "kubernetes.io/dockerconfigjson".into(), data, immutable: false }
+    let type_ = "kubernetes.io/dockerconfigjson".into();
+    SecretData { uid: format!("uid-{user}"), type_, data, ..Default::default() }
 }
 
 fn with_secrets(names: &[&str]) -> Pod {
@@ -421,5 +432,149 @@ async fn p59_the_image_tells_its_user() {
         world.state().present.insert("a:1".into(), status);
         let got = world.ensure(&wants("a:1", "IfNotPresent")).await.unwrap();
         assert_eq!((got.uid, got.username.as_str()), (uid, username));
+    }
+}
+
+fn private(secret: &str, policy: &str) -> Pod {
+    pod(&format!(
+        r#"{{"imagePullSecrets":[{{"name":"{secret}"}}],"containers":[{{"name":"c","image":"reg.io/a:1","imagePullPolicy":"{policy}"}}]}}"#
+    ))
+}
+
+#[tokio::test(start_paused = true)]
+async fn i10_a_pod_without_access_does_not_get_the_image_that_another_pulled() {
+    let secrets = [("mine", docker_secret("me")), ("other", docker_secret("else")), ("copy", docker_secret("me"))];
+    let world = World::with(|_| {}, Secrets(secrets.map(|(n, s)| (n.to_owned(), s)).into()));
+    world.state().private = Some("me");
+    world.ensure(&private("mine", "IfNotPresent")).await.unwrap();
+    assert_eq!(world.state().pulls.len(), 1);
+
+    // The same secret, and another one of the same content: no pull.
+    for secret in ["mine", "copy"] {
+        let seen = world.events.all().len();
+        world.ensure(&private(secret, "IfNotPresent")).await.unwrap();
+        world.ensure(&private(secret, "Never")).await.unwrap();
+        assert_eq!(world.events(seen).len(), 2);
+    }
+    assert_eq!(world.state().pulls.len(), 1);
+
+    // Another secret, or none: pulled again, and refused by the registry.
+    let seen = world.events.all().len();
+    let error = world.ensure(&private("other", "IfNotPresent")).await.unwrap_err();
+    assert_eq!((error.reason, error.message.as_str()), ("ErrImagePull", "401 Unauthorized"));
+    assert_eq!(world.events(seen)[0], event(EventType::Normal, "Pulling", "Pulling image \"reg.io/a:1\""));
+    let error = world.ensure(&wants("reg.io/a:1", "Never")).await.unwrap_err();
+    assert_eq!(error.reason, "ErrImageNeverPull");
+    assert_eq!(error.message, "Container image \"reg.io/a:1\" is not present with pull policy of Never");
+    // The same bytes under a name that was never proved.
+    world.state().private = None;
+    world.ensure(&wants("reg.io/a:1", "IfNotPresent")).await.unwrap();
+    world.ensure(&private("other", "Never")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn i10_policies_decide_for_images_that_were_there_before() {
+    for (policy, pulls) in [
+        (Some(VerificationPolicy::NeverVerify), 0),
+        (Some(VerificationPolicy::NeverVerifyPreloadedImages), 0),
+        (Some(VerificationPolicy::NeverVerifyAllowlistedImages(vec!["a".into()])), 0),
+        (Some(VerificationPolicy::NeverVerifyAllowlistedImages(vec!["b".into()])), 1),
+        (Some(VerificationPolicy::AlwaysVerify), 1),
+        (None, 0),
+    ] {
+        let world = World::with(|s| s.verification = policy.clone(), Secrets::default());
+        world.state().present.insert("a:1".into(), v1::Image { id: "sha256:a:1".into(), ..Default::default() });
+        world.ensure(&wants("a:1", "IfNotPresent")).await.unwrap();
+        assert_eq!(world.state().pulls.len(), pulls, "{policy:?}");
+        if policy.is_none() {
+            let message = "Container image \"a:1\" already present on machine";
+            assert_eq!(world.events(0), [event(EventType::Normal, "Pulled", message)]);
+            assert!(!world.root.path().join("image_manager").exists());
+        }
+        // Proved once is proved.
+        world.ensure(&wants("a:1", "IfNotPresent")).await.unwrap();
+        assert_eq!(world.state().pulls.len(), pulls, "{policy:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn i10_a_pull_leaves_an_intent_while_it_runs_and_a_record_after_it() {
+    let world = World::new();
+    world.state().latency = Duration::from_secs(5);
+    let count = |sub: &str| std::fs::read_dir(world.root.path().join("image_manager").join(sub)).unwrap().count();
+    let images = world.images.clone();
+    let waiter = tokio::spawn(async move { ensure(&images, &wants("a:1", "Always")).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((count("pulling"), count("pulled")), (1, 0));
+    // Whoever waited is gone; the record is written all the same.
+    waiter.abort();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    while count("pulling") > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(count("pulled"), 1);
+    world.state().failures = vec!["no such image"];
+    world.ensure(&wants("b:1", "Always")).await.unwrap_err();
+    assert_eq!((count("pulling"), count("pulled")), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn i10_a_pull_that_cannot_be_recorded_is_not_asked_for() {
+    let world = World::new();
+    std::fs::remove_dir_all(world.root.path().join("image_manager/pulling")).unwrap();
+    let error = world.ensure(&wants("a:1", "Always")).await.unwrap_err();
+    assert_eq!(error.reason, "ErrImagePull");
+    assert!(error.message.starts_with("Failed to record image pull intent for container image \"a:1\": "), "{error}");
+    assert!(world.state().pulls.is_empty());
+}
+
+fn image_volume(policy: &str) -> ImageVolumeSource {
+    ImageVolumeSource { reference: Some("data:1".into()), pull_policy: Some(policy.into()) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn i13_an_image_volume_is_pulled_with_events_on_the_pod() {
+    let world = World::new();
+    let pod = wants("a:1", "Always");
+    world.state().latency = Duration::from_secs(1);
+    let sandbox = v1::PodSandboxConfig::default();
+    let source = image_volume("IfNotPresent");
+    let pull = || world.images.ensure_volume(&pod, "v", &source, &sandbox);
+    let (one, two) = tokio::join!(pull(), pull());
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert_eq!((one.image.as_str(), one.user_specified_image.as_str()), ("sha256:data:1", "data:1"));
+    assert_eq!(one, two);
+    let reasons: Vec<String> = world.events(0).into_iter().map(|(_, reason, _)| reason).collect();
+    assert_eq!(reasons, ["Pulling", "Pulled"], "one try serves both");
+    assert!(world.events.all().iter().all(|e| matches!(e.regarding, Regarding::Pod(_))));
+    pull().await.unwrap();
+    assert_eq!(world.state().pulls.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn i13_an_image_volume_that_cannot_be_pulled_backs_off_without_container_events() {
+    let world = World::new();
+    world.state().failures = vec!["no such image"];
+    let (pod, sandbox) = (wants("a:1", "Always"), v1::PodSandboxConfig::default());
+    let source = image_volume("Always");
+    let error = world.images.ensure_volume(&pod, "v", &source, &sandbox).await.unwrap_err();
+    assert_eq!((error.reason, error.message.as_str()), ("ErrImagePull", "no such image"));
+    let error = world.images.ensure_volume(&pod, "v", &source, &sandbox).await.unwrap_err();
+    assert_eq!(
+        (error.reason, error.message.as_str()),
+        ("ImagePullBackOff", "Back-off pulling image \"data:1\": ErrImagePull: no such image")
+    );
+    let reasons: Vec<String> = world.events(0).into_iter().map(|(_, reason, _)| reason).collect();
+    assert_eq!(reasons, ["Pulling", "Failed", "BackOff"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn i15_the_handler_goes_with_the_image_only_when_the_gate_is_on() {
+    for (on, handler) in [(true, "kata"), (false, "")] {
+        let world = World::with(|s| s.handler_in_specs = on, Secrets::default());
+        let pod = pod(r#"{"runtimeClassName":"kata"}"#);
+        let sandbox = v1::PodSandboxConfig::default();
+        let spec = world.images.ensure_volume(&pod, "v", &image_volume("Always"), &sandbox).await.unwrap();
+        assert_eq!(spec.runtime_handler, handler);
     }
 }

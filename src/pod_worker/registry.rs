@@ -173,6 +173,11 @@ impl PodWorkers {
         true
     }
 
+    /// Whether a worker looks after this pod.
+    pub fn has(&self, uid: &PodUid) -> bool {
+        lock(&self.slots).contains_key(uid)
+    }
+
     /// How many pods have a worker.
     pub fn len(&self) -> usize {
         lock(&self.slots).len()

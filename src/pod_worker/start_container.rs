@@ -1,8 +1,9 @@
 //! Starting one container: image, environment, mounts, config, create, start, postStart hook. In that order, each with its own words for
 //! failure (contract P-28, P-33, I-03).
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use futures::future::join_all;
 use tokio::time::Instant;
 
 use super::{
@@ -15,16 +16,19 @@ use crate::{
     containers::{self, ContainerInputs, as_map, termination_log},
     cri::{ContainerState, Sandbox, v1},
     events::EventType,
-    images::PresentImage,
+    images::{ImageError, PresentImage},
     logs, network,
     pods::{ContainerRef, Pod},
     resources::ContainerSize,
+    volumes::MountedVolumes,
 };
 
 /// A failed start is tried again after this long, unless the reason has a time of its own (contract P-06).
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 /// After a failed pull the back-off is shown soon, not at its end.
 const SHOW_BACKOFF_AFTER: Duration = Duration::from_secs(2);
+/// How a runtime begins its message when it cannot mount an image volume.
+const IMAGE_VOLUME_MOUNT_FAILED: &str = "ImageVolumeMountFailed";
 
 pub(super) async fn start(context: &ActionContext, name: &str, attempt: u32) -> Outcome {
     let Some(pod) = context.pod.clone() else { return Outcome::Abandoned };
@@ -70,8 +74,9 @@ impl Start<'_> {
     async fn run(&self) -> Result<(), Stop> {
         let sandbox_config = sandbox_config(self.context, self.pod, self.sandbox.attempt)
             .map_err(|message| self.config_failed("CreateContainerConfigError", message))?;
+        let mounted = self.timed("image_volumes", self.image_volumes(&sandbox_config)).await?;
         let image = self.timed("image", self.image(&sandbox_config)).await?;
-        let config = self.config(&image).await?;
+        let config = self.config(&image, &mounted).await?;
         self.remove_never_started().await?;
         self.record_resources().await?;
         let id = self.timed("create", self.create(config, sandbox_config)).await?;
@@ -94,19 +99,54 @@ impl Start<'_> {
             () = self.context.cancel.cancelled() => return Err(Stop::Abandoned),
             ensured = self.context.parts.images.ensure(self.pod, self.container, sandbox_config) => ensured,
         };
-        ensured.map_err(|error| {
-            let now = self.context.parts.clock.now().mono;
-            let pull_failed = !matches!(error.reason, "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull");
-            let retry_at = match error.retry_at {
-                Some(at) if pull_failed => Some(at.min(now + SHOW_BACKOFF_AFTER)),
-                Some(at) => Some(at),
-                None => Some(now + RETRY_AFTER),
-            };
-            Stop::Failed { waiting: waiting(error.reason, error.message), retry_at }
-        })
+        ensured.map_err(|error| self.image_failed(error))
     }
 
-    async fn config(&self, image: &PresentImage) -> Result<v1::ContainerConfig, Stop> {
+    /// The pod's volumes, with the images of those that this container mounts (contract I-13). All are tried before the first failure counts.
+    async fn image_volumes(&self, sandbox_config: &v1::PodSandboxConfig) -> Result<Arc<MountedVolumes>, Stop> {
+        let mounts = self.container.spec.volume_mounts.iter().flatten();
+        let names: BTreeSet<&str> = mounts.map(|mount| mount.name.as_str()).collect();
+        let volumes = self.pod.spec().volumes.iter().flatten().filter(|v| names.contains(v.name.as_str()));
+        let wanted: Vec<_> = volumes.filter_map(|v| Some((v.name.as_str(), v.image.as_ref()?))).collect();
+        if wanted.is_empty() {
+            return Ok(Arc::clone(&self.context.mounted));
+        }
+        let images = &self.context.parts.images;
+        let pulls = wanted.iter().map(|(name, source)| images.ensure_volume(self.pod, name, source, sandbox_config));
+        let results = tokio::select! {
+            biased;
+            () = self.context.cancel.cancelled() => return Err(Stop::Abandoned),
+            results = join_all(pulls) => results,
+        };
+        let (mut mounted, mut failed) = ((*self.context.mounted).clone(), None);
+        for ((name, _), result) in wanted.into_iter().zip(results) {
+            match result {
+                Ok(image) => {
+                    if let Some(volume) = mounted.get_mut(name) {
+                        volume.image = Some(image);
+                    }
+                }
+                Err(error) => {
+                    self.event(EventType::Warning, "Failed", format!("Error: {}", error.reason));
+                    failed = Some(error);
+                }
+            }
+        }
+        failed.map_or_else(|| Ok(Arc::new(mounted)), |error| Err(self.image_failed(error)))
+    }
+
+    fn image_failed(&self, error: ImageError) -> Stop {
+        let now = self.context.parts.clock.now().mono;
+        let pull_failed = !matches!(error.reason, "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull");
+        let retry_at = match error.retry_at {
+            Some(at) if pull_failed => Some(at.min(now + SHOW_BACKOFF_AFTER)),
+            Some(at) => Some(at),
+            None => Some(now + RETRY_AFTER),
+        };
+        Stop::Failed { waiting: waiting(error.reason, error.message), retry_at }
+    }
+
+    async fn config(&self, image: &PresentImage, mounted: &MountedVolumes) -> Result<v1::ContainerConfig, Stop> {
         let parts = &self.context.parts;
         let settings = &parts.settings;
         let pod_ips = self.pod_ips();
@@ -117,13 +157,13 @@ impl Start<'_> {
             parts.objects.as_ref(),
             &self.context.node,
             &pod_ips,
-            &self.context.mounted,
+            mounted,
         )
         .await
         .map_err(fail)?;
         let mut mounts = parts
             .volumes
-            .container_mounts(self.pod, self.container, &self.context.mounted, &as_map(&env))
+            .container_mounts(self.pod, self.container, mounted, &as_map(&env))
             .await
             .map_err(|e| self.config_failed("CreateContainerConfigError", e.message))?;
         let files = OwnFiles {
@@ -202,8 +242,11 @@ impl Start<'_> {
             return Err(Stop::Abandoned);
         }
         let (runtime, sandbox_id) = (Arc::clone(&self.context.parts.runtime), self.sandbox.id.clone());
+        let image_volumes = config.mounts.iter().filter(|mount| mount.image.is_some()).count();
         let made =
             self.context.gated(async move { runtime.create_container(&sandbox_id, config, sandbox).await }).await;
+        let unmounted = made.as_ref().is_err_and(|e| e.message.starts_with(IMAGE_VOLUME_MOUNT_FAILED));
+        self.context.parts.images.volumes_mounted(image_volumes, !unmounted);
         let id = made.map_err(|e| self.runtime_failed("CreateContainerError", e.message))?;
         self.event(EventType::Normal, "Created", "Container created".into());
         Ok(id)

@@ -10,7 +10,7 @@ use super::{MountedVolume, MountedVolumes};
 use crate::containers::expand_sub_path;
 
 /// Where the files of one volumeMount come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Source<'a> {
     pub(super) volume: &'a MountedVolume,
     /// Expanded and checked; `None` for the whole volume.
@@ -105,7 +105,7 @@ mod tests {
         serde_json::from_value(object).unwrap()
     }
     fn volume(read_only: bool) -> MountedVolume {
-        MountedVolume { host_path: "/h".into(), read_only, selinux_relabel: true }
+        MountedVolume { host_path: "/h".into(), image: None, read_only, selinux_relabel: true }
     }
     fn sub_path(fields: Value) -> Result<Option<String>, String> {
         let mounted = MountedVolumes::from([("v".to_owned(), volume(false))]);

@@ -172,6 +172,12 @@ impl NodeVolumes {
         if let Some(source) = &volume.host_path {
             return set_up_host_path(&source.path, source.type_.as_deref().unwrap_or_default()).await;
         }
+        if volume.image.is_some() {
+            // Nothing to do here: the image comes with the first container that mounts it.
+            let mounted =
+                MountedVolume { host_path: PathBuf::new(), image: None, read_only: true, selinux_relabel: true };
+            return Ok(SetUp { mounted, renew_at: None });
+        }
         let (plugin, payload, renew_at) = if let Some(s) = &volume.config_map {
             let mode = mode_bits(s.default_mode, DEFAULT_MODE);
             let optional = s.optional == Some(true);
@@ -212,7 +218,7 @@ impl NodeVolumes {
         let mounter = self.mounter.clone();
         let made =
             on_disk(turn, move || empty_dir::set_up(&paths, Plugin::EmptyDir, &volume, medium, group, &*mounter));
-        let mounted = MountedVolume { host_path: made.await?, read_only: false, selinux_relabel: true };
+        let mounted = MountedVolume { host_path: made.await?, image: None, read_only: false, selinux_relabel: true };
         Ok(SetUp { mounted, renew_at: None })
     }
 
@@ -243,7 +249,8 @@ impl NodeVolumes {
         };
         let mounter = self.mounter.clone();
         let host_path = on_disk(turn, move || volume.write(&*mounter)).await?;
-        Ok(SetUp { mounted: MountedVolume { host_path, read_only: true, selinux_relabel: true }, renew_at })
+        let mounted = MountedVolume { host_path, image: None, read_only: true, selinux_relabel: true };
+        Ok(SetUp { mounted, renew_at })
     }
 
     fn node(&self) -> Arc<NodeFacts> {
@@ -334,6 +341,12 @@ impl PodVolumes for NodeVolumes {
                 mounts::source(mount, container.name(), mounted, env).map_err(failed(VolumeErrorClass::Terminal))?;
             let mut made = mounts::mount(mount, source.volume, recursive, self.settings.selinux)
                 .map_err(failed(VolumeErrorClass::Terminal))?;
+            if let Some(image) = &source.volume.image {
+                made.image = Some(image.clone());
+                made.image_sub_path = source.sub_path.unwrap_or_default();
+                out.push(made);
+                continue;
+            }
             let host_path = match source.sub_path {
                 None => source.volume.host_path.clone(),
                 Some(sub_path) => self
@@ -411,7 +424,8 @@ async fn set_up_host_path(path: &str, kind: &str) -> Result<SetUp, SetUpError> {
     tokio::task::spawn_blocking(move || host_path::check(&checked, &kind))
         .await
         .unwrap_or_else(|e| Err(SetUpError::retry(format!("the hostPath check was interrupted: {e}"))))?;
-    let mounted = MountedVolume { host_path: Path::new(path).to_owned(), read_only: false, selinux_relabel: false };
+    let host_path = Path::new(path).to_owned();
+    let mounted = MountedVolume { host_path, image: None, read_only: false, selinux_relabel: false };
     Ok(SetUp { mounted, renew_at: None })
 }
 

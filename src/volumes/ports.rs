@@ -8,10 +8,12 @@ use protocols::cri::v1;
 use crate::pods::{ContainerRef, Pod, PodUid};
 
 /// One volume, ready to be mounted into containers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MountedVolume {
-    /// Absolute path on the host.
+    /// Absolute path on the host; empty for an image volume.
     pub host_path: PathBuf,
+    /// An image volume, once its image is there: the runtime mounts it itself (contract I-13).
+    pub image: Option<v1::ImageSpec>,
     /// The volume itself is read-only (configMap, secret, downwardAPI, projected: as upstream's attributes say).
     pub read_only: bool,
     /// The runtime shall relabel for SELinux.

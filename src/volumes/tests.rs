@@ -16,7 +16,7 @@ use super::{fixtures::Objects, *};
 use crate::{
     events::MemoryEvents,
     node::NodeFacts,
-    pods::{Pod, PodUid},
+    pods::{ContainerRef, Pod, PodUid},
     time::SimulatedClock,
 };
 
@@ -235,7 +235,6 @@ async fn kinds_that_are_not_there_yet_say_so() {
         json!([
             {"name": "a", "nfs": {"server": "s", "path": "/"}},
             {"name": "b", "persistentVolumeClaim": {"claimName": "x"}},
-            {"name": "c", "image": {"reference": "r"}},
         ]),
         json!({}),
     );
@@ -245,7 +244,40 @@ async fn kinds_that_are_not_there_yet_say_so() {
         errors[0].message,
         "MountVolume.SetUp failed for volume \"a\" : volume type nfs is not supported by this node agent yet"
     );
-    assert!(errors[1].message.contains("persistentVolumeClaim") && errors[2].message.contains("image"));
+    assert!(errors[1].message.contains("persistentVolumeClaim"));
+}
+
+#[tokio::test]
+async fn i13_an_image_volume_is_handed_to_the_runtime_by_its_image() {
+    let node = Node::new();
+    let pod = fixtures::pod(json!({"spec": {
+        "volumes": [{"name": "v", "image": {"reference": "data:1"}}],
+        "containers": [{"name": "c", "volumeMounts": [
+            {"name": "v", "mountPath": "/all"},
+            {"name": "v", "mountPath": "/part", "subPath": "a/b"},
+            {"name": "v", "mountPath": "/out", "subPath": "../x"},
+        ]}],
+    }}));
+    let mounted = node.volumes.mount(&pod).await.unwrap();
+    let mut mounted = (*mounted).clone();
+    let image = crate::cri::v1::ImageSpec {
+        image: "sha256:1".into(),
+        user_specified_image: "data:1".into(),
+        ..Default::default()
+    };
+    mounted.get_mut("v").unwrap().image = Some(image.clone());
+    let mut spec = pod.spec().containers[0].clone();
+    let out = spec.volume_mounts.as_mut().unwrap().pop();
+    assert!(out.is_some());
+    let container = ContainerRef { spec: &spec, ..pod.main_containers().next().unwrap() };
+    let mounts = node.volumes.container_mounts(&pod, container, &mounted, &Default::default()).await.unwrap();
+    for (mount, path, sub_path) in [(&mounts[0], "/all", ""), (&mounts[1], "/part", "a/b")] {
+        assert_eq!((mount.container_path.as_str(), mount.image_sub_path.as_str()), (path, sub_path));
+        assert_eq!((mount.image.as_ref(), mount.host_path.as_str(), mount.readonly), (Some(&image), "", true));
+    }
+    let whole = pod.main_containers().next().unwrap();
+    let error = node.volumes.container_mounts(&pod, whole, &mounted, &Default::default()).await;
+    assert_eq!(error.unwrap_err().message, "unable to provision SubPath `../x`: must not contain '..'");
 }
 
 #[tokio::test]

@@ -153,3 +153,31 @@ async fn a_slow_api_delays_no_container() {
     .await;
     assert!(took < Duration::from_millis(400), "{took:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn i13_a_missing_image_volume_holds_up_only_who_mounts_it() {
+    let rig = Rig::new();
+    let node = rig.start();
+    let pod = pod(
+        1,
+        json!({
+            "volumes": [{"name": "v", "image": {"reference": "missing:1"}}],
+            "containers": [
+                {"name": "bare", "image": "busybox:1"},
+                {"name": "mounts", "image": "busybox:1", "volumeMounts": [{"name": "v", "mountPath": "/v"}]},
+            ],
+        }),
+    );
+    node.store.replace(PodSource::Api, vec![pod.clone()]);
+    let state = |at: usize| {
+        let statuses = node.api.status(pod.uid()).container_statuses.unwrap_or_default();
+        statuses.get(at).and_then(|status| status.state.clone()).unwrap_or_default()
+    };
+    let waits = || state(1).waiting.is_some_and(|w| w.reason.as_deref() == Some("ErrImagePull"));
+    until(Duration::from_secs(10), "ErrImagePull", waits).await;
+    assert_eq!(state(1).waiting.unwrap().message.as_deref(), Some("missing:1: not found"));
+    until(Duration::from_secs(10), "the other runs", || state(0).running.is_some()).await;
+    assert!(rig.events.has("Failed", "Error: ErrImagePull"));
+    let created = rig.runtime.calls().into_iter().filter(|c| c.rpc == "CreateContainer").count();
+    assert_eq!(created, 1);
+}

@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::PodStatus;
+use k8s_openapi::api::core::v1::{ImageVolumeSource, PodStatus};
 use rkubelet::{
     api::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec},
     containers::{ContainerPolicy, container_hash},
@@ -234,6 +234,7 @@ impl PodCgroups for MemoryCgroups {
     }
 }
 
+/// Every image is there, but volumes whose reference begins with `missing`.
 struct MemoryImages;
 
 #[async_trait]
@@ -246,6 +247,19 @@ impl Images for MemoryImages {
     ) -> Result<PresentImage, ImageError> {
         let image = container.image().to_owned();
         Ok(PresentImage { reference: image.clone(), requested: image, uid: None, username: String::new() })
+    }
+    async fn ensure_volume(
+        &self,
+        _: &Pod,
+        _: &str,
+        source: &ImageVolumeSource,
+        _: &v1::PodSandboxConfig,
+    ) -> Result<v1::ImageSpec, ImageError> {
+        let image = source.reference.clone().unwrap_or_default();
+        if image.starts_with("missing") {
+            return Err(ImageError { reason: "ErrImagePull", message: format!("{image}: not found"), retry_at: None });
+        }
+        Ok(v1::ImageSpec { image, ..Default::default() })
     }
     fn forget(&self, _: &PodUid) {}
 }

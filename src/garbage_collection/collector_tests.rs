@@ -8,7 +8,10 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    cri::{fake::FakeRuntime, v1},
+    cri::{
+        fake::{FakeRuntime, ImageScript},
+        v1,
+    },
     events::MemoryEvents,
     pods::{ContainerRef, PodSource},
     resources::CgroupError,
@@ -87,6 +90,7 @@ impl World {
     fn new() -> Self {
         let clock: Arc<dyn Clock> = Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH));
         let runtime = FakeRuntime::new(Arc::clone(&clock));
+        runtime.image("img", ImageScript::Present);
         let port: Arc<dyn RuntimeService> = Arc::new(runtime.clone());
         let woken = Arc::new(Woken::default());
         let store = Arc::new(PodStore::new(&[PodSource::Api], woken.clone()));
@@ -144,6 +148,7 @@ impl World {
         for attempt in 0..count {
             let config = v1::ContainerConfig {
                 metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt }),
+                image: Some(image()),
                 labels: labels(uid),
                 log_path: format!("c/{attempt}.log"),
                 ..Default::default()
@@ -173,6 +178,10 @@ fn labels(uid: &str) -> HashMap<String, String> {
     [(crate::cri::POD_UID_LABEL, uid), (crate::cri::CONTAINER_NAME_LABEL, "c")]
         .map(|(k, v)| (k.to_owned(), v.to_owned()))
         .into()
+}
+
+fn image() -> v1::ImageSpec {
+    v1::ImageSpec { image: "img".into(), ..Default::default() }
 }
 
 fn touch(path: &Path) {
@@ -245,6 +254,7 @@ async fn r27_logs_of_pods_that_are_gone_and_dead_links_go() {
     let sandbox = world.sandbox("pod", 0).await;
     let config = v1::ContainerConfig {
         metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 0 }),
+        image: Some(image()),
         labels: labels("pod"),
         ..Default::default()
     };

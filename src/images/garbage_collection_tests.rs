@@ -163,7 +163,7 @@ async fn i11_over_the_high_threshold_down_to_the_low_one_least_recently_used_fir
     world.node.state().other = 45 * GIB;
     world.collect(now()).await.unwrap();
     assert_eq!(world.left(), ["b", "c", "d"], "one was enough for the low threshold");
-    world.node.state().other = 62 * GIB;
+    world.node.state().other = 60 * GIB;
     world.collect(now()).await.unwrap();
     assert_eq!(world.left(), ["b", "d"]);
     assert!(world.events.all().is_empty());
@@ -273,7 +273,7 @@ async fn i10_records_go_with_their_images() {
     }
     world.collect(now()).await.unwrap();
     minutes(5).await;
-    world.node.state().other = 75 * GIB;
+    world.node.state().other = 70 * GIB;
     world.collect(now()).await.unwrap();
     let known =
         |id: &str| matches!(world.records.knowledge("reg.io/x", id), crate::images::verification::Knowledge::Pulled(_));
@@ -282,9 +282,14 @@ async fn i10_records_go_with_their_images() {
 
 #[tokio::test(start_paused = true)]
 async fn i11_containers_dead_or_alive_and_image_volumes_use_images() {
-    use crate::{cri::fake::FakeRuntime, wake::NoWakes};
+    use crate::{
+        cri::fake::{FakeRuntime, ImageScript},
+        wake::NoWakes,
+    };
     let clock: Arc<dyn Clock> = Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH));
-    let runtime: Arc<dyn RuntimeService> = Arc::new(FakeRuntime::new(clock.clone()));
+    let fake = FakeRuntime::new(clock.clone());
+    fake.image("container-image", ImageScript::Present);
+    let runtime: Arc<dyn RuntimeService> = Arc::new(fake);
     let store = Arc::new(RuntimeStore::with_clock(runtime.clone(), Arc::new(NoWakes), clock));
     let metadata = v1::PodSandboxMetadata { name: "p".into(), namespace: "ns".into(), uid: "u".into(), attempt: 0 };
     let labels: std::collections::HashMap<String, String> = [(POD_UID_LABEL.to_owned(), "u".to_owned())].into();

@@ -156,7 +156,9 @@ mod tests {
     #[test]
     fn i11_thresholds() {
         let space = |available| Space { capacity: 1000, available };
-        for (available, want) in [(160, None), (151, None), (150, Some((85, 50))), (0, Some((100, 200))), (159, None)] {
+        for (available, want) in
+            [(160, None), (159, Some((85, 41))), (150, Some((85, 50))), (149, Some((86, 51))), (0, Some((100, 200)))]
+        {
             let got = shortage(space(available), 85, 80).map(|s| (s.used_percent, s.bytes));
             assert_eq!(got, want, "{available}");
         }

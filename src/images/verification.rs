@@ -251,16 +251,16 @@ mod tests {
 
     #[test]
     fn i10_records_grow_and_never_shrink() {
-        let (a, b) = (secret("a", "h"), secret("b", "h"));
+        let (a, b) = (|| secret("a", "h"), || secret("b", "h"));
         for (known, new, want) in [
             (None, PullCredentials::default(), None),
             (None, everybody(), Some(everybody())),
-            (Some(everybody()), secrets(&[a.clone()]), None),
-            (Some(secrets(&[a.clone()])), everybody(), Some(everybody())),
-            (Some(secrets(&[b.clone()])), secrets(&[a.clone()]), Some(secrets(&[a.clone(), b.clone()]))),
-            (Some(secrets(&[a.clone()])), secrets(&[a.clone()]), None),
+            (Some(everybody()), secrets(&[a()]), None),
+            (Some(secrets(&[a()])), everybody(), Some(everybody())),
+            (Some(secrets(&[b()])), secrets(&[a()]), Some(secrets(&[a(), b()]))),
+            (Some(secrets(&[a()])), secrets(&[a()]), None),
             (
-                Some(secrets(&[a.clone(), b])),
+                Some(secrets(&[a(), b()])),
                 secrets(&[secret("a", "n")]),
                 Some(secrets(&[secret("a", "n"), secret("b", "h")])),
             ),

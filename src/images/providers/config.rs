@@ -376,10 +376,10 @@ fn check_pattern(pattern: &str) -> Result<(), String> {
     if let Some(bad) = host.chars().find(|c| " \"<>\\^`{}|".contains(*c)) {
         return fault(format!("invalid character {:?} in host name", bad.to_string()));
     }
-    if let Some((_, port)) = host.rsplit_once(':').filter(|(name, _)| !name.contains(':') || name.ends_with(']')) {
-        if !port.bytes().all(|b| b.is_ascii_digit()) {
-            return fault(format!("invalid port {:?} after host", format!(":{port}")));
-        }
+    if let Some((_, port)) = host.rsplit_once(':').filter(|(name, _)| !name.contains(':') || name.ends_with(']'))
+        && !port.bytes().all(|b| b.is_ascii_digit())
+    {
+        return fault(format!("invalid port {:?} after host", format!(":{port}")));
     }
     let escape = path.match_indices('%').find(|(at, _)| {
         let digits = path.as_bytes().get(at + 1..at + 3);

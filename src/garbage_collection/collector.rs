@@ -172,6 +172,17 @@ impl Collector {
         }
     }
 
+    /// IDs of all containers that have not ended.
+    fn alive(&self) -> Vec<String> {
+        let pods = self.parts.runtime_store.uids();
+        let runtimes = pods.iter().filter_map(|uid| self.parts.runtime_store.pod(uid));
+        let ids = runtimes.flat_map(|pod| {
+            let alive = pod.containers.iter().filter(|c| c.state != ContainerState::Exited);
+            alive.map(|c| c.id.clone()).collect::<Vec<_>>()
+        });
+        ids.collect()
+    }
+
     async fn mutate(&self, call: impl Future<Output = Result<(), CriError>> + Send + 'static) -> Result<(), CriError> {
         match self.parts.mutations.spawn(call).await {
             Ok(result) => result,
@@ -196,9 +207,13 @@ impl Collector {
         }
         let directory = parts.container_logs_dir.clone();
         let links = tokio::task::spawn_blocking(move || dead_links(&directory)).await.map_err(|e| e.to_string())?;
+        let alive = self.alive();
         for link in links {
             // While a log is rotated its link leads nowhere for a moment.
-            let dead = match parts.runtime.container_status(&link.container_id).await {
+            if alive.iter().any(|id| link.is_of(id)) {
+                continue;
+            }
+            let dead = match parts.runtime.container_status(link.container_id()).await {
                 Ok(status) => status.state == crate::cri::v1::ContainerState::ContainerExited as i32,
                 Err(error) => error.is_not_found(),
             };

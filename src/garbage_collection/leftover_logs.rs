@@ -36,8 +36,19 @@ pub(super) fn pod_logs(pod_logs_dir: &Path) -> io::Result<Vec<PodLogs>> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct DeadLink {
     pub(super) path: PathBuf,
-    /// Cut short when the name was too long for the file system.
-    pub(super) container_id: String,
+    /// Without `.log`; cut short when it was too long for the file system.
+    stem: String,
+}
+
+impl DeadLink {
+    /// What stands where the container's ID should.
+    pub(super) fn container_id(&self) -> &str {
+        self.stem.rsplit('-').next().unwrap_or_default()
+    }
+
+    pub(super) fn is_of(&self, container_id: &str) -> bool {
+        self.stem.strip_suffix(container_id).is_some_and(|rest| rest.ends_with('-'))
+    }
 }
 
 pub(super) fn dead_links(container_logs_dir: &Path) -> Vec<DeadLink> {
@@ -47,9 +58,8 @@ pub(super) fn dead_links(container_logs_dir: &Path) -> Vec<DeadLink> {
         link && matches!(fs::metadata(path), Err(error) if error.kind() == io::ErrorKind::NotFound)
     };
     let links = entries.map(|entry| entry.path()).filter_map(|path| {
-        let name = path.file_name()?.to_str()?.strip_suffix(".log")?;
-        let container_id = name.rsplit_once('-')?.1.to_owned();
-        Some(DeadLink { container_id, path })
+        let stem = path.file_name()?.to_str()?.strip_suffix(".log")?.to_owned();
+        Some(DeadLink { stem, path })
     });
     links.filter(|link| dead(&link.path)).collect()
 }
@@ -81,8 +91,10 @@ mod tests {
         symlink(at("1.log"), at("p_ns_c-dead.log")).unwrap();
         symlink(at("1.log"), at("p_ns_c-other.txt")).unwrap();
         fs::write(at("p_ns_c-file.log"), "").unwrap();
-        let want = DeadLink { path: at("p_ns_c-dead.log"), container_id: "dead".into() };
-        assert_eq!(dead_links(dir.path()), [want]);
+        let links = dead_links(dir.path());
+        assert_eq!(links.iter().map(|link| link.path.clone()).collect::<Vec<_>>(), [at("p_ns_c-dead.log")]);
+        assert_eq!(links[0].container_id(), "dead");
+        assert!(links[0].is_of("dead") && !links[0].is_of("ead") && !links[0].is_of("alive"));
         assert!(dead_links(&at("none")).is_empty());
     }
 }

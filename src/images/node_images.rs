@@ -149,7 +149,8 @@ impl NodeImages {
     ) -> VolumePull {
         let key = (pod.uid().clone(), volume.to_owned());
         let mut running = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pull) = running.get(&key) {
+        // One that has ended and still stands here is one whose task panicked: then try anew.
+        if let Some(pull) = running.get(&key).filter(|pull| pull.peek().is_none()) {
             return pull.clone();
         }
         let turn = Turn {

@@ -256,7 +256,7 @@ impl Provider {
         let key: FlightKey = (image.to_owned(), token_hash, request.service_account_annotations.clone());
         let flight = {
             let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-            match flights.get(&key) {
+            match flights.get(&key).filter(|flight| flight.peek().is_none()) {
                 Some(flight) => flight.clone(),
                 None => {
                     let flight = self.launch(request, key.clone());

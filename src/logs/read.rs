@@ -5,6 +5,7 @@
 
 use std::{
     io::{self, SeekFrom},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -159,7 +160,8 @@ impl Reader {
         let mask = WatchMask::MODIFY | WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::CLOSE_WRITE;
         inotify.watches().add(&directory, mask).map_err(watch)?;
         let mut events = inotify.into_event_stream([0; 4096]).map_err(watch)?;
-        // It may have ended before the watch began.
+        // It may have been rotated, or have ended, before the watch began.
+        self.reopen_if_replaced(out).await?;
         let mut questions = 1;
         loop {
             // Asked before reading: what a container wrote before it ended is in the file by then.
@@ -171,14 +173,23 @@ impl Reader {
             let patience = if questions > 0 { CLOSED_RECHECK } else { QUIET_RECHECK };
             let Ok(event) = tokio::time::timeout(patience, next_of(&mut events, &name)).await else {
                 questions = questions.max(1);
+                self.reopen_if_replaced(out).await?;
                 continue;
             };
             let seen = event.map_err(watch)?;
             if seen.intersects(EventMask::CREATE | EventMask::MOVED_TO) {
-                self.reopen(out).await?;
+                self.reopen_if_replaced(out).await?;
             }
             questions = if seen.contains(EventMask::CLOSE_WRITE) { CLOSED_QUESTIONS } else { 0 };
         }
+    }
+
+    /// Goes on with the file at the path if it is another one than the one that is open: a rotation.
+    async fn reopen_if_replaced(&mut self, out: &mpsc::Sender<Bytes>) -> Result<(), LogError> {
+        let identity = |m: &std::fs::Metadata| (m.dev(), m.ino());
+        let at_path = tokio::fs::metadata(&self.path).await.ok().as_ref().map(identity);
+        let held = self.file.metadata().await.ok().as_ref().map(identity);
+        if at_path.is_some() && at_path != held { self.reopen(out).await } else { Ok(()) }
     }
 
     /// Rotation: the rest of the old file first, then the new one from its beginning.
@@ -339,6 +350,22 @@ mod tests {
         assert_eq!(pieces.recv().await.unwrap(), "last\n");
         assert_eq!(pieces.recv().await, None);
         task.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn l03_a_rotation_before_the_watch_began_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        fs::write(&path, line("old")).unwrap();
+        let mut reader =
+            Reader::open(path.clone(), LogOptions { follow: true, ..LogOptions::default() }).await.unwrap();
+        fs::rename(&path, dir.path().join("0.log.20260101")).unwrap();
+        fs::write(&path, line("new")).unwrap();
+        let (out, mut pieces) = mpsc::channel::<Bytes>(10);
+        let running = || -> BoxFuture<'static, bool> { Box::pin(async { false }) };
+        reader.follow(&out, &running).await.unwrap();
+        assert_eq!(pieces.recv().await.unwrap(), "old\n");
+        assert_eq!(pieces.recv().await.unwrap(), "new\n");
     }
 
     #[tokio::test]

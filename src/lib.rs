@@ -1,5 +1,6 @@
 //! rkubelet: the Kubernetes node agent. Each room opens with what it is for; `docs/architecture.md` shows the way of a pod.
 
+pub mod admission;
 pub mod agent;
 pub mod api;
 pub mod cli;

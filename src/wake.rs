@@ -29,10 +29,12 @@ pub enum Cause {
     Order,
     /// An image was pulled or a pull failed.
     Image,
+    /// The pod's turn has come at admission: those whose place it takes have left, or the Node was read again.
+    Admission,
 }
 
 impl Cause {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Desired,
         Self::Runtime,
         Self::Action,
@@ -43,6 +45,7 @@ impl Cause {
         Self::Timer,
         Self::Order,
         Self::Image,
+        Self::Admission,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -57,6 +60,7 @@ impl Cause {
             Self::Timer => "timer",
             Self::Order => "order",
             Self::Image => "image",
+            Self::Admission => "admission",
         }
     }
 }

@@ -11,6 +11,7 @@ use std::{io, sync::Arc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    admission::{AdmissionMetrics, AdmissionParts, NodeAdmission, SysctlError},
     api::{ApiClients, ApiSetupError, EventRecorder, ObjectCache, ReferencedObjects},
     cli,
     config::{self, Config},
@@ -56,6 +57,8 @@ pub enum AgentError {
     Images(#[from] ImagesSetupError),
     #[error("failed to set up cgroups: {0}")]
     Cgroups(#[from] crate::resources::CgroupError),
+    #[error("allowedUnsafeSysctls: {0}")]
+    Sysctls(#[from] SysctlError),
     #[error("failed to register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
     #[error("failed to start the lease thread: {0}")]
@@ -158,6 +161,29 @@ impl Agent {
             Arc::clone(&clock),
         ));
         let store = Arc::new(PodStore::new(&[PodSource::Api], Arc::clone(&wakes)));
+        let ledger = PodLedger::new(LedgerParts {
+            policy: settings::resize(&config, cgroups.is_v2()),
+            directory: Some(config.root_directory().to_owned()),
+            store: Arc::clone(&store),
+            node: node.facts.clone(),
+            wakes: Arc::clone(&wakes),
+            events: Arc::clone(&recorder),
+            clock: Arc::clone(&clock),
+        });
+        background.spawn(ledger.clone().run(cancel.clone()));
+        let admission = Arc::new(NodeAdmission::new(AdmissionParts {
+            policy: settings::admission(&config)?,
+            store: Arc::clone(&store),
+            runtime: Arc::clone(&side.store),
+            allocations: ledger.clone(),
+            node: node.facts.clone(),
+            reread: node.reader.clone(),
+            orders: Arc::new(WorkerWakes(Arc::clone(&workers))),
+            events: Arc::clone(&recorder),
+            wakes: Arc::clone(&wakes),
+            metrics: AdmissionMetrics::new(metrics.registry())?,
+            clock: Arc::clone(&clock),
+        }));
         let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), cancel.clone());
         publisher.register_metrics(metrics.registry())?;
         let probes = Arc::new(NodeProbes::new(
@@ -179,20 +205,11 @@ impl Agent {
             lifecycle::image_collector_parts(&side.runtime, &side.store, &recorder, &clock),
         );
         let mutations = TaskTracker::new();
-        let ledger = PodLedger::new(LedgerParts {
-            policy: settings::resize(&config, cgroups.is_v2()),
-            directory: Some(config.root_directory().to_owned()),
-            store: Arc::clone(&store),
-            node: node.facts.clone(),
-            wakes: Arc::clone(&wakes),
-            events: Arc::clone(&recorder),
-            clock: Arc::clone(&clock),
-        });
-        background.spawn(ledger.clone().run(cancel.clone()));
         let parts = Arc::new(WorkerParts {
             settings: settings::workers(&config, &handshake, clock.now().wall),
             clock: Arc::clone(&clock),
             store: Arc::clone(&store),
+            admission,
             runtime: Arc::clone(&side.runtime),
             runtime_store: Arc::clone(&side.store),
             images,

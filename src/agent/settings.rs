@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 
 use crate::{
+    admission::{self, Policy, SysctlAllowlist, SysctlError},
     api::ApiSettings,
     cli,
     config::{CgroupDriver, Config, GoDuration, HostFacts},
@@ -168,13 +169,21 @@ fn dns(config: &Config) -> DnsSettings {
 }
 
 pub(super) fn node(config: &Config) -> NodeSettings {
-    NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), declared_features(config))
+    let declared = admission::declared_features(&config.feature_gates).into_iter().map(str::to_owned).collect();
+    NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), declared)
 }
 
-/// What of Kubernetes' declared features works here; the scheduler and the apiserver rely on it (contract N-13).
-fn declared_features(config: &Config) -> Vec<String> {
-    let known = ["InPlacePodLevelResourcesVerticalScaling", "InPlacePodVerticalScalingInitContainers"];
-    known.into_iter().filter(|name| config.feature_gates.enabled(name)).map(str::to_owned).collect()
+pub(super) fn admission(config: &Config) -> Result<Policy, SysctlError> {
+    let host = HostPaths::default();
+    let kernel = std::fs::read_to_string(host.proc.join("sys/kernel/osrelease")).unwrap_or_default();
+    let gates = &config.feature_gates;
+    Ok(Policy {
+        sysctls: SysctlAllowlist::new(kernel.trim(), &config.kubelet.allowed_unsafe_sysctls)?,
+        app_armor: admission::app_armor_enabled(&host.sys),
+        pod_level_resources: gates.enabled("PodLevelResources"),
+        taint_comparison: gates.enabled("TaintTolerationComparisonOperators"),
+        declared_features: admission::declared_features(gates),
+    })
 }
 
 /// 10250.

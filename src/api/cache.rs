@@ -1,4 +1,4 @@
-//! [`ReferencedObjects`] over the apiserver: the tables of configMaps and secrets, the token cache and the services, as one part.
+//! [`ReferencedObjects`] over the apiserver: the tables of configMaps, secrets and RuntimeClasses, the token cache and the services, as one part.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,8 +10,8 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountData, ServiceAccountToken, ServiceEnv,
-    TokenSpec, client::ApiClients, objects::Table, references::References, rest, services::ServiceTable,
+    ApiError, ConfigMapData, ReferencedObjects, RuntimeClassData, SecretData, ServiceAccountData, ServiceAccountToken,
+    ServiceEnv, TokenSpec, client::ApiClients, objects::Table, references::References, rest, services::ServiceTable,
     tokens::TokenCache,
 };
 use crate::{
@@ -24,6 +24,7 @@ pub struct ObjectCache {
     clients: ApiClients,
     config_maps: Table<ConfigMapData>,
     secrets: Table<SecretData>,
+    runtime_classes: Table<RuntimeClassData>,
     tokens: TokenCache,
     services: Arc<ServiceTable>,
 }
@@ -43,6 +44,7 @@ impl ObjectCache {
             clients: clients.clone(),
             config_maps: Table::new(clients.clone(), Arc::clone(wakes)),
             secrets: Table::new(clients.clone(), Arc::clone(wakes)),
+            runtime_classes: Table::new(clients.clone(), Arc::clone(wakes)),
             tokens: TokenCache::new(clients.clone(), Arc::clone(wakes)),
             services,
         }
@@ -67,11 +69,13 @@ impl ReferencedObjects for ObjectCache {
         let references = References::of(pod);
         self.config_maps.track(pod.uid(), references.config_maps);
         self.secrets.track(pod.uid(), references.secrets);
+        self.runtime_classes.track(pod.uid(), references.runtime_classes);
     }
 
     fn forget(&self, uid: &PodUid) {
         self.config_maps.track(uid, BTreeSet::new());
         self.secrets.track(uid, BTreeSet::new());
+        self.runtime_classes.track(uid, BTreeSet::new());
         self.tokens.forget(uid);
     }
 
@@ -81,6 +85,10 @@ impl ReferencedObjects for ObjectCache {
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<SecretData>, ApiError> {
         self.secrets.get(namespace, name).await
+    }
+
+    async fn runtime_class(&self, name: &str) -> Result<Arc<RuntimeClassData>, ApiError> {
+        self.runtime_classes.get("", name).await
     }
 
     async fn service_account_token(&self, pod: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError> {

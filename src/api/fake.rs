@@ -274,7 +274,8 @@ impl State {
     }
 
     fn serve(&mut self, method: &Method, path: &str, query: &str, body: &Value) -> Answer {
-        let parts: Vec<&str> = path.trim_start_matches("/api/v1/").split('/').collect();
+        let parts: Vec<&str> =
+            path.trim_start_matches("/api/v1/").trim_start_matches("/apis/node.k8s.io/v1/").split('/').collect();
         let (namespace, resource, rest) = match parts.as_slice() {
             ["namespaces", namespace, resource, rest @ ..] => (Some((*namespace).to_owned()), *resource, rest),
             [resource, rest @ ..] => (None, *resource, rest),

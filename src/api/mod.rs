@@ -32,7 +32,7 @@ pub use client::{ApiClients, ApiSettings, WatchSlot};
 pub use kubeconfig::ApiSetupError;
 pub(crate) use limiter::Backoff;
 pub use ports::{
-    ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountData, ServiceAccountToken, ServiceEnv,
-    TokenSpec,
+    ApiError, ConfigMapData, ReferencedObjects, RuntimeClassData, SecretData, ServiceAccountData, ServiceAccountToken,
+    ServiceEnv, TokenSpec,
 };
 pub use recorder::EventRecorder;

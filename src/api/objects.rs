@@ -21,9 +21,10 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ApiError, ConfigMapData, SecretData,
+    ApiError, ConfigMapData, RuntimeClassData, SecretData,
     client::ApiClients,
     list_watch::{self, Collection, Follow, Reflect},
+    ports::RUNTIME_CLASS,
     rest::{self, Bare, BareMeta, RestError},
 };
 use crate::{
@@ -35,7 +36,7 @@ use crate::{
 const FORBIDDEN_TRIES: u32 = 5;
 const FORBIDDEN_PAUSE: Duration = Duration::from_millis(150);
 
-/// `namespace`, `name`.
+/// `namespace` (empty for what has none), `name`.
 pub(super) type ObjectKey = (String, String);
 
 /// A kind of object that pods refer to by name.
@@ -47,6 +48,10 @@ pub(super) trait Tracked: PartialEq + Send + Sync + Sized + 'static {
     const RESOURCE: &'static str;
     const QUIET: bool;
     fn immutable(&self) -> bool;
+    /// The path of the collection.
+    fn collection(namespace: &str) -> String {
+        format!("/api/v1/namespaces/{namespace}/{}", Self::RESOURCE)
+    }
 }
 
 #[derive(Deserialize)]
@@ -106,6 +111,34 @@ impl Tracked for SecretData {
     const QUIET: bool = true;
     fn immutable(&self) -> bool {
         self.immutable
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct RuntimeClassWire {
+    #[serde(default)]
+    metadata: BareMeta,
+    #[serde(default)]
+    handler: String,
+}
+
+impl From<RuntimeClassWire> for (BareMeta, RuntimeClassData) {
+    fn from(wire: RuntimeClassWire) -> Self {
+        (wire.metadata, RuntimeClassData { handler: wire.handler })
+    }
+}
+
+impl Tracked for RuntimeClassData {
+    type Wire = RuntimeClassWire;
+    const KIND: &'static str = RUNTIME_CLASS;
+    const RESOURCE: &'static str = "runtimeclasses";
+    const QUIET: bool = false;
+    /// `handler` cannot be changed, but the class can be deleted and made again.
+    fn immutable(&self) -> bool {
+        false
+    }
+    fn collection(_: &str) -> String {
+        "/apis/node.k8s.io/v1/runtimeclasses".to_owned()
     }
 }
 
@@ -258,7 +291,7 @@ async fn refresh<T: Tracked>(context: &Context, entry: &Entry<T>) -> Option<Stri
     let seen = loop {
         let before = entry.state.borrow().applied;
         let (namespace, name) = &entry.key;
-        let path = format!("/api/v1/namespaces/{namespace}/{}/{name}", T::RESOURCE);
+        let path = format!("{}/{name}", T::collection(namespace));
         let answer = match rest::get(&context.clients.general, &path).await {
             Ok(bytes) => rest::decode::<T::Wire>(T::KIND, &bytes, T::QUIET).map(|wire| Some(wire.into())),
             Err(error) if error.is_not_found() => Ok(None),
@@ -302,7 +335,7 @@ async fn watch_if_due<T: Tracked>(context: &Context, entry: &Entry<T>, version: 
     }
     let (namespace, name) = &entry.key;
     let collection = Collection {
-        path: format!("/api/v1/namespaces/{namespace}/{}", T::RESOURCE),
+        path: T::collection(namespace),
         field_selector: format!("metadata.name={name}"),
         kind: T::RESOURCE,
         quiet: T::QUIET,

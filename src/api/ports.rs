@@ -50,6 +50,16 @@ pub struct ServiceAccountData {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// As upstream words it in `runtimeclass.node.k8s.io "x" not found`.
+pub(super) const RUNTIME_CLASS: &str = "runtimeclass.node.k8s.io";
+
+/// What a RuntimeClass says to the node. Its overhead and scheduling parts are written into the pod by the apiserver.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RuntimeClassData {
+    /// The CRI runtime handler's name.
+    pub handler: String,
+}
+
 /// What a projected `serviceAccountToken` source asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TokenSpec {
@@ -85,7 +95,7 @@ pub struct ServiceEnv {
 /// Objects that pods refer to: one shared watch per object, dropped with its last user (contract V-24, N-23).
 #[async_trait]
 pub trait ReferencedObjects: Send + Sync + 'static {
-    /// Declares what this pod refers to (volumes, env, envFrom, imagePullSecrets): starts the fetches at once, in parallel, and the
+    /// Declares what this pod refers to (volumes, env, envFrom, imagePullSecrets, runtimeClassName): starts the fetches at once, in parallel, and the
     /// watches; a change wakes the pod with `Cause::Object`. Idempotent; call it again when the pod changed.
     fn track(&self, pod: &Pod);
     fn forget(&self, uid: &PodUid);
@@ -93,6 +103,26 @@ pub trait ReferencedObjects: Send + Sync + 'static {
     /// The newest content known; waits for the first fetch. Only for objects that a tracked pod refers to.
     async fn config_map(&self, namespace: &str, name: &str) -> Result<Arc<ConfigMapData>, ApiError>;
     async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<SecretData>, ApiError>;
+
+    /// Only for the class of a tracked pod.
+    async fn runtime_class(&self, name: &str) -> Result<Arc<RuntimeClassData>, ApiError> {
+        Err(ApiError::NotFound { kind: RUNTIME_CLASS, name: name.to_owned() })
+    }
+
+    /// The CRI runtime handler that the pod asks for by its class; empty for the default one (contract P-61). Worded as upstream.
+    async fn runtime_handler(&self, pod: &Pod) -> Result<String, ApiError> {
+        let name = pod.spec().runtime_class_name.as_deref().unwrap_or_default();
+        if name.is_empty() {
+            return Ok(String::new());
+        }
+        match self.runtime_class(name).await {
+            Ok(class) => Ok(class.handler.clone()),
+            Err(error @ ApiError::NotFound { .. }) => Err(error),
+            Err(error) => {
+                Err(ApiError::Unavailable { message: format!("failed to lookup RuntimeClass {name}: {error}") })
+            }
+        }
+    }
 
     /// A token bound to the pod (name and UID), cached and renewed at 80 % of its life or after 24 h (contract V-26).
     async fn service_account_token(&self, pod: &Pod, spec: &TokenSpec) -> Result<ServiceAccountToken, ApiError>;

@@ -1,4 +1,4 @@
-//! Which configMaps and secrets a pod refers to: a pure walk over its spec (contract V-24).
+//! Which configMaps, secrets and RuntimeClass a pod refers to: a pure walk over its spec (contract V-24).
 
 use std::collections::BTreeSet;
 
@@ -9,6 +9,8 @@ use crate::pods::Pod;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct References {
+    /// At most one; its namespace is empty.
+    pub(super) runtime_classes: BTreeSet<ObjectKey>,
     pub(super) config_maps: BTreeSet<ObjectKey>,
     pub(super) secrets: BTreeSet<ObjectKey>,
 }
@@ -17,6 +19,8 @@ impl References {
     pub(super) fn of(pod: &Pod) -> Self {
         let mut walk = Walk { namespace: pod.namespace(), found: Self::default() };
         let spec = pod.spec();
+        let class = spec.runtime_class_name.clone().filter(|name| !name.is_empty());
+        walk.found.runtime_classes.extend(class.map(|name| (String::new(), name)));
         for reference in spec.image_pull_secrets.iter().flatten() {
             walk.secret(Some(&reference.name));
         }
@@ -95,6 +99,7 @@ mod tests {
         let object: corev1::Pod = serde_json::from_value(serde_json::json!({
             "metadata": {"name": "p", "namespace": "n", "uid": "u"},
             "spec": {
+                "runtimeClassName": "kata",
                 "imagePullSecrets": [{"name": "pull"}],
                 "initContainers": [{"name": "i", "envFrom": [{"secretRef": {"name": "init"}}]}],
                 "containers": [{"name": "c",
@@ -117,6 +122,7 @@ mod tests {
             set.iter().map(|(ns, name)| format!("{ns}/{name}")).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(names(&found.config_maps), "n/all n/conf n/debug n/kube-root-ca.crt n/one");
+        assert_eq!(names(&found.runtime_classes), "/kata");
         assert_eq!(names(&found.secrets), "n/csi n/files n/init n/proj n/pull");
     }
 }

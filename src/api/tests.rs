@@ -296,6 +296,41 @@ async fn n24_services_are_followed_with_their_selector() {
     assert_eq!(house.wakes.count("*", Cause::Object), 1);
 }
 
+#[tokio::test(start_paused = true)]
+async fn n24_p61_a_runtime_class_is_followed_by_name() {
+    let house = house();
+    let object = json!({"metadata": {"name": "a", "namespace": "n", "uid": "a"},
+        "spec": {"runtimeClassName": "kata", "containers": [{"name": "c"}]}});
+    let pod = Pod::new(serde_json::from_value(object).unwrap(), PodSource::Api, jiff::Timestamp::UNIX_EPOCH).unwrap();
+    house.objects.track(&pod);
+    let missing = house.objects.runtime_handler(&pod).await.unwrap_err();
+    assert_eq!(missing.to_string(), "runtimeclass.node.k8s.io \"kata\" not found");
+    house.api.put("runtimeclasses", json!({"metadata": {"name": "kata", "uid": "k"}, "handler": "kata-qemu"}));
+    eventually("it appears", || house.wakes.count("a", Cause::Object) == 2).await;
+    assert_eq!(house.objects.runtime_handler(&pod).await.unwrap(), "kata-qemu");
+    assert_eq!(house.api.requests("GET /apis/node.k8s.io/v1/runtimeclasses/kata").len(), 1);
+    let watches = house.api.requests("GET /apis/node.k8s.io/v1/runtimeclasses?");
+    assert!(watches.iter().all(|r| r.contains("fieldSelector=metadata.name%3Dkata")), "{watches:?}");
+    house.objects.forget(pod.uid());
+    eventually("the watch ends", || house.api.watchers("runtimeclasses") == 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn p61_no_class_is_the_default_handler_and_an_outage_says_so() {
+    let house = house();
+    let with = |class: Option<&str>| {
+        let spec = json!({"runtimeClassName": class, "containers": [{"name": "c"}]});
+        let object = json!({"metadata": {"name": "a", "namespace": "n", "uid": "a"}, "spec": spec});
+        Pod::new(serde_json::from_value(object).unwrap(), PodSource::Api, jiff::Timestamp::UNIX_EPOCH).unwrap()
+    };
+    assert_eq!(house.objects.runtime_handler(&with(None)).await.unwrap(), "");
+    assert_eq!(house.objects.runtime_handler(&with(Some(""))).await.unwrap(), "");
+    house.api.set_down(true);
+    house.objects.track(&with(Some("kata")));
+    let error = house.objects.runtime_handler(&with(Some("kata"))).await.unwrap_err().to_string();
+    assert!(error.starts_with("failed to lookup RuntimeClass kata: "), "{error}");
+}
+
 fn recorder(api: &FakeApi) -> Arc<EventRecorder> {
     EventRecorder::start(&api.clients(), "node", Arc::new(SystemClock), CancellationToken::new())
 }

@@ -148,7 +148,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("systemReservedCgroup", Null, Works),
     field("kubeReservedCgroup", Null, Works),
     field("enforceNodeAllocatable", Null, Works),
-    field("allowedUnsafeSysctls", Null, NoEffect),
+    field("allowedUnsafeSysctls", Null, Works),
     field("defaultPodSysctls", Null, NoEffect),
     field("volumePluginDir", Zero, NoEffect),
     field("providerID", Null, Works),

@@ -378,8 +378,12 @@ impl RuntimeStore {
         // From here on the list itself says that they are empty, unless a later read or event knows more.
         state.pods.retain(|_, entry| !(entry.is_vacant() && entry.runtime().as_of <= as_of));
         state.unread = unread.iter().filter(|uid| !state.pods.contains_key(*uid)).cloned().collect();
-        state.listed = Some((as_of, sent_at));
+        let first = state.listed.replace((as_of, sent_at)).is_none();
         drop(state);
+        if first {
+            // Workers wait to hear that the runtime has nothing of their pods, too.
+            self.wakes.wake_all(Cause::Runtime);
+        }
         for uid in &gone {
             self.changed(uid);
         }

@@ -24,7 +24,7 @@ use super::{
     sensors::Sensors,
     settings::NodeSettings,
     status::{Readings, resources, texts},
-    watch_node::{self, NodeObject},
+    watch_node::{self, NodeObject, NodeReader, ReadNode},
 };
 use crate::{
     api::ApiClients,
@@ -58,7 +58,9 @@ pub struct NodeHandles {
     pub facts: watch::Receiver<Arc<NodeFacts>>,
     /// The Node as last seen: for `spec.podCIDRs`, taints, attached volumes. `None` until registered.
     pub node: watch::Receiver<Option<Arc<Node>>>,
-    /// Pressures that hold: for admission and eviction.
+    /// Reads the Node from the apiserver at once; `None` when standalone.
+    pub reader: Option<Arc<dyn ReadNode>>,
+    /// Pressures that hold: for eviction.
     pub pressures: watch::Receiver<BTreeSet<Pressure>>,
     /// Has the runtime asked for its status at once.
     pub poke_runtime: Arc<Notify>,
@@ -103,6 +105,10 @@ impl NodeAgent {
             parts.cancel.clone(),
         ));
         tasks.spawn(pod_cidr::follow(object.subscribe(), Arc::clone(&parts.runtime), parts.cancel.clone()));
+        let reader = parts.clients.as_ref().map(|clients| {
+            let (client, node_name) = (clients.general.clone(), settings.node_name.clone());
+            Arc::new(NodeReader { client, node_name, object: object.clone() }) as Arc<dyn ReadNode>
+        });
         let lease = match &parts.clients {
             Some(clients) => {
                 channels.spawn_writers(&parts, clients, &settings, &object, &tasks);
@@ -114,6 +120,7 @@ impl NodeAgent {
         Ok(NodeHandles {
             facts: facts.subscribe(),
             node: object.subscribe(),
+            reader,
             pressures: channels.pressures.subscribe(),
             poke_runtime: channels.poke_runtime,
             refresh_status: channels.refresh_status,
@@ -277,12 +284,20 @@ fn fill_facts(
 ) {
     facts.network_not_ready = runtime.network_error().map(str::to_owned);
     facts.runtime_ready = runtime.runtime_errors().is_empty();
+    facts.supplemental_groups_policy = runtime.supplemental_groups_policy.unwrap_or(false);
     let recursive = runtime.handlers.iter().filter(|h| h.recursive_read_only_mounts);
     facts.recursive_read_only_handlers = recursive.map(|h| h.name.clone()).collect();
     let Some(readings) = readings else { return };
+    facts.pressures.clone_from(&readings.pressures);
     let (capacity, allocatable) = resources(settings, readings);
     (facts.capacity, facts.allocatable) = (texts(&capacity), texts(&allocatable));
     let status = node.and_then(|n| n.status.as_ref());
+    // Extended resources may be written to the Node by others: they count like our own (contract A-01).
+    for (name, amount) in status.and_then(|s| s.allocatable.as_ref()).into_iter().flatten() {
+        if name.contains('/') {
+            facts.allocatable.entry(name.clone()).or_insert_with(|| amount.0.clone());
+        }
+    }
     let reported = status.and_then(|s| s.addresses.as_deref()).filter(|_| settings.external_cloud);
     if let Some(addresses) = reported.or(readings.addresses.as_deref()) {
         facts.ips = internal_ips(addresses);

@@ -1,9 +1,15 @@
 //! What the rest of the agent needs to know about its node, as one snapshot in a watch channel.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
+use k8s_openapi::api::core::v1::Taint;
 use tokio::sync::watch;
 
+use super::Pressure;
 use crate::wake::{Cause, WakeSink};
 
 /// A consistent snapshot. Published, then the pods that it concerns are woken with `Cause::Node`.
@@ -19,8 +25,16 @@ pub struct NodeFacts {
     pub network_not_ready: Option<String>,
     /// The runtime answered Status with RuntimeReady=true lately.
     pub runtime_ready: bool,
+    /// The Node was read from the API at least once: labels and taints are the API's, not only what this agent would register.
+    pub node_seen: bool,
     /// Node labels as the API has them.
     pub labels: BTreeMap<String, String>,
+    /// `spec.taints` as the API has them.
+    pub taints: Vec<Taint>,
+    /// The pressure conditions that hold.
+    pub pressures: BTreeSet<Pressure>,
+    /// The runtime enforces `supplementalGroupsPolicy: Strict`.
+    pub supplemental_groups_policy: bool,
     /// Resource name → quantity, as written to the Node's status.
     pub allocatable: BTreeMap<String, String>,
     pub capacity: BTreeMap<String, String>,

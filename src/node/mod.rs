@@ -41,3 +41,4 @@ pub use publisher::HealthCheck;
 pub use runtime_state::{Handshake, RuntimeHandler, RuntimeState, handshake};
 pub use settings::NodeSettings;
 pub use signals::{SignalReading, SignalSources};
+pub use watch_node::ReadNode;

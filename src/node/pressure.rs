@@ -22,6 +22,15 @@ pub enum Pressure {
 }
 
 impl Pressure {
+    /// The type of the Node's condition.
+    pub fn condition(self) -> &'static str {
+        match self {
+            Self::Memory => "MemoryPressure",
+            Self::Disk => "DiskPressure",
+            Self::Pid => "PIDPressure",
+        }
+    }
+
     fn of(signal: Signal) -> Self {
         match signal {
             Signal::MemoryAvailable | Signal::AllocatableMemoryAvailable => Self::Memory,

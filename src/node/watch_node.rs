@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::{
-    Api,
+    Api, Client,
     runtime::{WatchStreamExt, watcher},
 };
 use tokio::sync::watch;
@@ -41,6 +42,7 @@ impl NodeObject {
     pub(super) fn offer(&self, mut node: Node) {
         node.metadata.managed_fields = None;
         let labels = node.metadata.labels.clone().unwrap_or_default();
+        let taints = node.spec.as_ref().and_then(|s| s.taints.clone()).unwrap_or_default();
         let taken = self.node.send_if_modified(|current| {
             let newer = current.as_ref().is_none_or(|have| is_newer(&node, have));
             if newer {
@@ -49,7 +51,7 @@ impl NodeObject {
             newer
         });
         if taken {
-            self.facts.update(|facts| facts.labels = labels);
+            self.facts.update(|facts| (facts.labels, facts.taints, facts.node_seen) = (labels, taints, true));
         }
     }
 }
@@ -58,6 +60,29 @@ impl NodeObject {
 fn is_newer(candidate: &Node, have: &Node) -> bool {
     let version = |node: &Node| node.metadata.resource_version.as_deref().and_then(|v| v.parse::<u64>().ok());
     candidate.metadata.uid != have.metadata.uid || version(candidate) > version(have)
+}
+
+/// Brings the facts up to what the apiserver has now: a watch is always a moment behind.
+#[async_trait]
+pub trait ReadNode: Send + Sync + 'static {
+    /// Returns when the facts are up to date, or when the apiserver has not answered.
+    async fn read_again(&self);
+}
+
+pub(super) struct NodeReader {
+    pub client: Client,
+    pub node_name: String,
+    pub object: NodeObject,
+}
+
+#[async_trait]
+impl ReadNode for NodeReader {
+    async fn read_again(&self) {
+        match Api::<Node>::all(self.client.clone()).get(&self.node_name).await {
+            Ok(node) => self.object.offer(node),
+            Err(error) => tracing::warn!(%error, "reading the Node of this machine failed"),
+        }
+    }
 }
 
 /// Follows the Node until cancelled.
@@ -92,7 +117,8 @@ mod tests {
 
     fn node(uid: &str, version: &str, label: &str) -> Node {
         let metadata = json!({"name": "n", "uid": uid, "resourceVersion": version, "labels": {"l": label}});
-        serde_json::from_value(json!({"metadata": metadata})).unwrap()
+        let spec = json!({"taints": [{"key": label, "effect": "NoExecute"}]});
+        serde_json::from_value(json!({"metadata": metadata, "spec": spec})).unwrap()
     }
 
     #[test]
@@ -103,6 +129,8 @@ mod tests {
         object.offer(node("u", "9", "a"));
         object.offer(node("u", "10", "b"));
         assert_eq!(seen.borrow().labels["l"], "b", "10 is newer than 9");
+        assert!(seen.borrow().node_seen);
+        assert_eq!(seen.borrow().taints[0].key, "b");
         object.offer(node("u", "9", "a"));
         assert_eq!(seen.borrow().labels["l"], "b", "an old answer does not come back");
         object.offer(node("v", "1", "c"));

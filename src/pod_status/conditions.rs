@@ -4,7 +4,10 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
 use super::{generate::StatusInput, resources};
 use crate::{
-    pod_worker::decide::{SandboxState, sandbox_state},
+    pod_worker::{
+        decide::{SandboxState, sandbox_state},
+        view::{EndCause, Phase},
+    },
     pods::{ContainerKind, ContainerRef},
 };
 
@@ -18,6 +21,8 @@ pub const OWNED: [&str; 7] = [
     "PodResizePending",
     "PodResizeInProgress",
 ];
+
+const DISRUPTION_TARGET: &str = "DisruptionTarget";
 
 struct Verdict {
     ok: bool,
@@ -56,7 +61,20 @@ pub(super) fn generate(input: &StatusInput<'_>, status: &PodStatus) -> Vec<PodCo
     ] {
         list.push(condition(input, kind, verdict));
     }
+    if let Some(message) = disruption(input) {
+        list.retain(|c| c.type_ != DISRUPTION_TARGET);
+        let verdict = Verdict { ok: true, reason: "TerminationByKubelet", message: message.to_owned() };
+        list.push(condition(input, DISRUPTION_TARGET, verdict));
+    }
     list
+}
+
+/// What is said of an end that is not the pod's fault. It goes out with the terminal phase (contract A-11).
+fn disruption<'a>(input: &StatusInput<'a>) -> Option<&'a str> {
+    match input.end {
+        Some(EndCause::Ordered(order)) if input.phase >= Phase::Terminated => order.disruption.as_deref(),
+        _ => None,
+    }
 }
 
 fn condition(input: &StatusInput<'_>, kind: &str, verdict: Verdict) -> PodCondition {

@@ -16,11 +16,13 @@ use super::{
     resources::{self, ResourceView},
 };
 use crate::{
+    admission::Rejection,
     cri::PodRuntime,
     node::NodeFacts,
     pod_worker::view::{EndCause, Phase, WaitingReason},
     pods::Pod,
     probes::ContainerVerdicts,
+    resources::qos_class,
     time::Now,
 };
 
@@ -51,6 +53,12 @@ pub struct StatusInput<'a> {
 
 /// See the module.
 pub fn generate(input: &StatusInput<'_>) -> corev1::PodStatus {
+    if let Some(EndCause::Rejected(rejection)) = input.end
+        && input.phase >= Phase::Terminated
+        && input.runtime.is_none_or(|runtime| runtime.containers.is_empty())
+    {
+        return rejected(input, rejection);
+    }
     let mut status = corev1::PodStatus {
         qos_class: input.last.qos_class.clone().or_else(|| input.pod.api_status().qos_class.clone()),
         start_time: input.started.map(crate::time::api_time).or_else(|| input.last.start_time.clone()),
@@ -69,6 +77,21 @@ pub fn generate(input: &StatusInput<'_>) -> corev1::PodStatus {
     status
 }
 
+/// A pod that never began: it has no containers, addresses or conditions to tell of (contract 3.2).
+fn rejected(input: &StatusInput<'_>, rejection: &Rejection) -> corev1::PodStatus {
+    corev1::PodStatus {
+        qos_class: Some(qos_class(input.pod).as_str().to_owned()),
+        start_time: input.started.map(crate::time::api_time).or_else(|| input.last.start_time.clone()),
+        observed_generation: Some(input.pod.generation()).filter(|g| *g > 0),
+        phase: Some("Failed".to_owned()),
+        reason: Some(rejection.reason.clone()),
+        message: Some(rejection.status_message()),
+        nominated_node_name: input.last.nominated_node_name.clone(),
+        resource_claim_statuses: input.last.resource_claim_statuses.clone(),
+        ..Default::default()
+    }
+}
+
 /// Phase, reason and message; terminal only when nothing can run any more, and then for good (contract P-40).
 fn set_phase(input: &StatusInput<'_>, status: &mut corev1::PodStatus) {
     let terminated = input.phase >= Phase::Terminated;
@@ -80,7 +103,7 @@ fn set_phase(input: &StatusInput<'_>, status: &mut corev1::PodStatus) {
     if phase::is_terminal(last) {
         phase = if last == "Failed" { "Failed" } else { "Succeeded" };
     } else if terminated && !input.pod.is_static() {
-        if let Some(EndCause::Ordered(_) | EndCause::Rejected) = input.end {
+        if let Some(EndCause::Ordered(_) | EndCause::Rejected(_)) = input.end {
             phase = "Failed";
         } else if !phase::is_terminal(phase) {
             phase = "Failed";
@@ -96,6 +119,10 @@ fn set_phase(input: &StatusInput<'_>, status: &mut corev1::PodStatus) {
     if let (true, Some(EndCause::Ordered(order))) = (terminated, input.end) {
         status.reason = Some(order.reason.clone());
         status.message = Some(order.message.clone());
+    }
+    if let (true, Some(EndCause::Rejected(rejection))) = (terminated, input.end) {
+        status.reason = Some(rejection.reason.clone());
+        status.message = Some(rejection.status_message());
     }
     status.phase = Some(phase.to_owned());
 }

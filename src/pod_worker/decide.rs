@@ -16,6 +16,7 @@ use super::{
     view::{EndCause, Ending, KillOrder, Known, Phase, PodView, Target, Volumes, WaitingReason},
 };
 use crate::{
+    admission::Standing,
     cri::{ContainerState, PodRuntime, Sandbox},
     events::EventType,
     pods::{ContainerKind, Pod},
@@ -148,6 +149,9 @@ fn end_cause(view: &PodView<'_>, rules: &Rules) -> Option<EndCause> {
     if matches!(pod.api_status().phase.as_deref(), Some("Succeeded" | "Failed")) {
         return Some(EndCause::Finished);
     }
+    if let Standing::Rejected(rejection) = view.admission {
+        return Some(EndCause::Rejected(rejection.clone()));
+    }
     if let Some(at) = active_deadline(view, pod)
         && at <= view.now.mono
     {
@@ -155,6 +159,7 @@ fn end_cause(view: &PodView<'_>, rules: &Rules) -> Option<EndCause> {
             reason: "DeadlineExceeded".into(),
             message: "Pod was active on the node longer than the specified deadline".into(),
             grace: None,
+            disruption: None,
         }));
     }
     let runtime = view.runtime.is()?;
@@ -189,6 +194,10 @@ fn sync(view: &PodView<'_>, pod: &Pod, rules: &Rules) -> Turn {
     if let Some(at) = active_deadline(view, pod) {
         turn.wake_by(at);
     }
+    if let Standing::NotYet { until } = view.admission {
+        not_admitted_yet(view, *until, &mut turn);
+        return turn;
+    }
     let prepared = prepare(view, &mut turn);
     let runtime = match &view.runtime {
         Known::Is(runtime) => Arc::clone(runtime),
@@ -212,6 +221,16 @@ fn sync(view: &PodView<'_>, pod: &Pod, rules: &Rules) -> Turn {
         }
     }
     turn
+}
+
+/// The pod is looked for in the runtime, and nothing else: what runs goes on, nothing is begun (contract 3.2).
+fn not_admitted_yet(view: &PodView<'_>, until: Option<Instant>, turn: &mut Turn) {
+    if let Some(until) = until {
+        turn.wake_by(until);
+    }
+    if view.runtime == Known::NotYet {
+        read_again(view, turn);
+    }
 }
 
 /// Cgroup and volumes: both before the sandbox. True when both are there.

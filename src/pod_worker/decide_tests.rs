@@ -10,7 +10,10 @@ use super::{
     view::{EndCause, KillOrder, Known, Phase, Target},
     world::{Fate, World, pod, pod_with},
 };
-use crate::probes::{Liveness, Startup};
+use crate::{
+    admission::{Rejection, Standing},
+    probes::{Liveness, Startup},
+};
 
 fn starts(world: &World) -> Vec<&str> {
     world.log.iter().filter_map(|l| l.strip_prefix("start ")).collect()
@@ -330,6 +333,59 @@ fn p23_a_start_that_was_cut_off_is_made_again_whatever_the_policy_and_is_no_rest
         assert_eq!(world.running(), ["a", "b"]);
         assert_eq!(starts(&world), ["a 0", "b 0", "b 0"], "{policy}");
     }
+}
+
+#[test]
+fn a01_nothing_is_begun_before_the_pod_is_admitted() {
+    let mut world = simple("Always");
+    world.readable = false;
+    let until = world.now().mono + Duration::from_secs(45);
+    world.admission = Standing::NotYet { until: Some(until) };
+    assert_eq!(world.settle().wake_at, Some(until));
+    assert_eq!(world.log, ["read_runtime"]);
+    world.admission = Standing::Admitted;
+    world.settle();
+    assert_eq!(world.running(), ["a", "b"]);
+    // Adopted, and the new process has not decided yet: what runs goes on, nothing is begun.
+    world.crash();
+    world.log.clear();
+    world.exit("b", 1);
+    world.admission = Standing::NotYet { until: None };
+    world.settle();
+    assert!(world.log.is_empty(), "{:?}", world.log);
+    assert_eq!(world.running(), ["a"]);
+}
+
+#[test]
+fn a01_a_rejected_pod_starts_nothing_and_ends() {
+    for runs in [false, true] {
+        let mut world = simple("Always");
+        if runs {
+            world.settle();
+            world.crash();
+            world.log.clear();
+        } else {
+            world.readable = false;
+        }
+        let rejection = Rejection { reason: "OutOfcpu".into(), message: "full".into() };
+        world.admission = Standing::Rejected(rejection.clone());
+        let turn = world.settle();
+        assert_eq!(turn.phase, Phase::Terminated);
+        assert_eq!(turn.ending.unwrap().cause, EndCause::Rejected(rejection));
+        assert_eq!(world.log, [if runs { "stop_pod" } else { "read_runtime" }, "tear_down"]);
+        assert!(world.running().is_empty() && !turn.delete, "the pod stays in the API");
+        world.desired = Known::Absent;
+        assert_eq!(world.settle().phase, Phase::Gone);
+    }
+}
+
+#[test]
+fn a01_deletion_comes_before_admission() {
+    let deleted = json!({"deletionTimestamp": "2026-01-01T00:00:00Z", "deletionGracePeriodSeconds": 5});
+    let mut world = World::new(pod_with(json!({"containers": [{"name": "a", "image": "i"}]}), deleted));
+    world.admission = Standing::NotYet { until: None };
+    assert_eq!(world.settle().phase, Phase::Gone, "what was never admitted is let go");
+    assert!(world.running().is_empty());
 }
 
 #[test]

@@ -255,10 +255,13 @@ async fn create_sandbox(context: &ActionContext, attempt: u32) -> Outcome {
     if let Err(error) = tokio::fs::create_dir_all(&config.log_directory).await {
         return failed(format!("create pod log directory for pod {:?} failed: {error}", pod.name()));
     }
+    let handler = match context.parts.objects.runtime_handler(pod).await {
+        Ok(handler) => handler,
+        Err(error) => return failed(error.to_string()),
+    };
     if context.cancel.is_cancelled() {
         return Outcome::Abandoned;
     }
-    let handler = pod.spec().runtime_class_name.clone().unwrap_or_default();
     let runtime = Arc::clone(&context.parts.runtime);
     let started = context.parts.clock.now().mono;
     let made = context.gated(async move { runtime.run_pod_sandbox(config, &handler).await }).await;

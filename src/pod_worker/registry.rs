@@ -21,6 +21,7 @@ use super::{
     worker,
 };
 use crate::{
+    admission::{KillOrders, PodAdmission},
     api::ReferencedObjects,
     containers::ContainerPolicy,
     cri::{RuntimeService, RuntimeStore},
@@ -63,6 +64,7 @@ pub struct WorkerParts {
     pub settings: WorkerSettings,
     pub clock: Arc<dyn Clock>,
     pub store: Arc<PodStore>,
+    pub admission: Arc<dyn PodAdmission>,
     pub runtime: Arc<dyn RuntimeService>,
     pub runtime_store: Arc<RuntimeStore>,
     pub images: Arc<dyn Images>,
@@ -197,6 +199,14 @@ impl PodWorkers {
 /// The port's handle: an `Arc<PodWorkers>` that can spawn.
 #[derive(Clone)]
 pub struct WorkerWakes(pub Arc<PodWorkers>);
+
+impl KillOrders for WorkerWakes {
+    fn order(&self, uid: &PodUid, order: KillOrder) {
+        // The worker may not have been woken for the first time yet.
+        self.wake(uid, Cause::Order);
+        self.0.order(uid, order);
+    }
+}
 
 impl WakeSink for WorkerWakes {
     fn wake(&self, uid: &PodUid, cause: Cause) {

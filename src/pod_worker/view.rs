@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::{actions::Action, backoff::Backoff};
 use crate::{
+    admission::{Rejection, Standing},
     cri::{PodRuntime, Seq},
     node::NodeFacts,
     pods::{Pod, PodUid},
@@ -66,6 +67,8 @@ pub struct KillOrder {
     pub message: String,
     /// Overrides the pod's own grace period.
     pub grace: Option<Duration>,
+    /// Message of the condition `DisruptionTarget` (reason `TerminationByKubelet`), for an end that is not the pod's fault.
+    pub disruption: Option<String>,
 }
 
 /// Why a pod is being terminated. The first cause stays, but for the grace, which may only shrink.
@@ -82,8 +85,8 @@ pub enum EndCause {
     Deleted,
     /// All containers have ended and none is to be restarted.
     Finished,
-    /// Rejected at admission: nothing was ever started.
-    Rejected,
+    /// Rejected at admission. Nothing was started, or, after a restart of the agent on a node that changed, what runs is stopped.
+    Rejected(Rejection),
     Ordered(KillOrder),
 }
 
@@ -258,6 +261,8 @@ pub struct PodView<'a> {
     pub node: &'a NodeFacts,
     pub verdicts: &'a HashMap<String, ContainerVerdicts>,
     pub order: Option<&'a KillOrder>,
+    /// Asked for only while the pod shall run.
+    pub admission: &'a Standing,
     pub in_flight: &'a BTreeMap<Target, Action>,
     pub history: &'a History,
     /// The newest status version that the apiserver acknowledged.

@@ -14,9 +14,10 @@ use super::{
     execute::{self, ActionContext},
     registry::{PodWorkers, Slot, WorkerParts},
     resize, start_order,
-    view::{History, Known, Phase, PodView, Retry, StartFailure, Target, Volumes},
+    view::{EndCause, History, Known, Phase, PodView, Retry, StartFailure, Target, Volumes},
 };
 use crate::{
+    admission::Standing,
     cri::{ContainerState, PodRuntime},
     events::Regarding,
     pod_status::{self, StatusInput},
@@ -62,6 +63,8 @@ struct Worker {
     /// What a read of this worker returned last: proof of absence when the store has no entry.
     read_as_of: crate::cri::Seq,
     mounted: Arc<MountedVolumes>,
+    /// The desired pod as its source has it, without what it is allocated.
+    asked: Option<Pod>,
     first_seen: Instant,
     ready_reported: bool,
 }
@@ -79,6 +82,7 @@ impl Worker {
             running: BTreeMap::new(),
             read_as_of: crate::cri::Seq::default(),
             mounted: Arc::default(),
+            asked: None,
             first_seen,
             ready_reported: false,
         }
@@ -101,6 +105,9 @@ impl Worker {
             if causes.contains(&Cause::Object) {
                 self.history.refresh = true;
                 self.history.retries.remove(&Target::Volumes);
+                if self.history.pod.as_ref().is_some_and(|p| p.spec().runtime_class_name.is_some()) {
+                    self.history.retries.remove(&Target::Sandbox);
+                }
                 self.forget_object_failures();
             }
             // A step from one phase to the next is decided again at once: nothing else may wake this pod for it.
@@ -110,6 +117,7 @@ impl Worker {
             }
             if self.history.phase == Phase::Gone && self.workers.retire(&self.uid, &self.slot) {
                 self.parts.probes.forget(&self.uid);
+                self.parts.admission.forget(&self.uid);
                 self.parts.publisher.forget(&self.uid);
                 self.parts.objects.forget(&self.uid);
                 self.parts.images.forget(&self.uid);
@@ -230,7 +238,7 @@ impl Worker {
     /// Reads, decides, publishes, acts. Returns when to look again, and whether the phase stayed as it was.
     async fn turn(&mut self) -> (Option<Instant>, bool) {
         let now = self.parts.clock.now();
-        let desired = self.read_desired(now);
+        let (desired, admission) = self.read_desired(now);
         let runtime = self.read_runtime();
         if let Known::Is(runtime) = &runtime {
             self.read_termination_messages(runtime).await;
@@ -250,6 +258,7 @@ impl Worker {
             node: &node,
             verdicts: &verdicts,
             order: order.as_ref(),
+            admission: &admission,
             in_flight: &self.actions,
             history: &self.history,
             acknowledged: self.parts.publisher.acknowledged(&self.uid),
@@ -261,7 +270,13 @@ impl Worker {
         let pod = view.desired.is().cloned();
         self.track_probes(pod.as_ref(), runtime.as_deref(), &node, &turn);
         let verdicts = self.parts.probes.verdicts(&self.uid);
-        self.publish(now, pod.as_ref(), runtime.as_deref(), &node, &verdicts, &turn);
+        if turn.phase >= Phase::Terminated {
+            // Before the API hears of it: whoever takes the place must find it free.
+            self.parts.admission.release(&self.uid);
+        }
+        if !unspoken(&turn, &admission, runtime.as_deref()) {
+            self.publish(now, pod.as_ref(), runtime.as_deref(), &node, &verdicts, &turn);
+        }
         self.history.phase = turn.phase;
         self.history.ending = turn.ending.take();
         self.raise_notes(&mut turn);
@@ -289,15 +304,22 @@ impl Worker {
         }
     }
 
-    fn read_desired(&mut self, now: Now) -> Known<Pod> {
+    fn read_desired(&mut self, now: Now) -> (Known<Pod>, Standing) {
+        let not_asked = Standing::NotYet { until: None };
         let snapshot = self.parts.store.snapshot(&self.uid);
         let Some(asked) = snapshot.pod else {
-            return if snapshot.complete { Known::Absent } else { Known::NotYet };
+            return (if snapshot.complete { Known::Absent } else { Known::NotYet }, not_asked);
         };
         let ended = matches!(asked.api_status().phase.as_deref(), Some("Succeeded" | "Failed"));
         let syncing = self.history.phase == Phase::Syncing && asked.deletion_timestamp().is_none() && !ended;
+        let standing = if syncing { self.parts.admission.standing(&asked) } else { not_asked };
         let ledger = &self.parts.ledger;
-        let pod = if syncing { ledger.look(&asked) } else { ledger.frozen(&asked) };
+        let pod = if standing == Standing::Admitted { ledger.look(&asked) } else { ledger.frozen(&asked) };
+        if let Some(old) = self.asked.replace(asked.clone())
+            && !old.same_object(&asked)
+        {
+            self.parts.admission.updated(&old, &asked);
+        }
         let first = self.history.pod.is_none();
         let changed = first || self.history.pod.as_ref().is_some_and(|p| !p.same_object(&pod));
         if first {
@@ -313,7 +335,7 @@ impl Worker {
             }
             self.history.pod = Some(pod.clone());
         }
-        Known::Is(pod)
+        (Known::Is(pod), standing)
     }
 
     fn read_runtime(&mut self) -> Known<Arc<PodRuntime>> {
@@ -543,5 +565,17 @@ impl Worker {
         let finished = start_order::finished_at(ended, now);
         let history = self.history.containers.entry(name.to_owned()).or_default();
         history.backoff.advance(rules.backoff, &container, finished, now.mono);
+    }
+}
+
+/// A pod without a decision has no status of ours, and one that was rejected and has nothing running goes to its end in one step (contract 3.2).
+fn unspoken(turn: &Turn, admission: &Standing, runtime: Option<&PodRuntime>) -> bool {
+    match turn.phase {
+        Phase::Syncing => matches!(admission, Standing::NotYet { .. }),
+        Phase::Terminating => {
+            let rejected = turn.ending.as_ref().is_some_and(|e| matches!(e.cause, EndCause::Rejected(_)));
+            rejected && runtime.is_none_or(|r| r.containers.is_empty())
+        }
+        _ => false,
     }
 }

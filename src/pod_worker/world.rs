@@ -20,6 +20,7 @@ use super::{
     view::{History, KillOrder, Known, Phase, PodView, Retry, StartFailure, Target, Volumes, WaitingReason},
 };
 use crate::{
+    admission::Standing,
     cri::{Container, ContainerState, PodRuntime, Sandbox, Seq},
     node::NodeFacts,
     pods::{Pod, PodSource, PodUid},
@@ -63,6 +64,7 @@ pub(super) struct World {
     pub elapsed: Duration,
     pub desired: Known<Pod>,
     pub order: Option<KillOrder>,
+    pub admission: Standing,
     pub runtime: PodRuntime,
     pub readable: bool,
     pub history: History,
@@ -86,6 +88,7 @@ impl World {
             elapsed: Duration::ZERO,
             desired: Known::Is(pod),
             order: None,
+            admission: Standing::Admitted,
             runtime: PodRuntime::default(),
             readable: true,
             history: History::new(),
@@ -124,6 +127,7 @@ impl World {
             node: &self.node,
             verdicts: &self.verdicts,
             order: self.order.as_ref(),
+            admission: &self.admission,
             in_flight: &self.actions,
             history: &self.history,
             acknowledged: u64::MAX,
@@ -197,6 +201,15 @@ impl World {
                 !matches!(self.desired, Known::NotYet) || !destroys,
                 "destruction before the sources are known: {action:?}"
             );
+            let begins = matches!(
+                action,
+                Action::CreateCgroup
+                    | Action::MountVolumes
+                    | Action::RefreshVolumes
+                    | Action::CreateSandbox { .. }
+                    | Action::StartContainer { .. }
+            );
+            assert!(!begins || self.admission == Standing::Admitted, "begun before it is admitted: {action:?}");
             if let Action::StartContainer { name, .. } = action {
                 let alive =
                     self.runtime.containers.iter().any(|c| c.name == *name && c.state == ContainerState::Running);

@@ -139,7 +139,7 @@ impl PodLedger {
         tokio::join!(self.keep_checkpoints(&cancel), self.watch_room(&cancel));
     }
 
-    /// The pod with what it is allocated. A new pod is allocated what it asks for (whether it may run is for admission to say); a pod
+    /// The pod with what it is allocated. An admitted pod is allocated what it asks for; a pod
     /// whose resources changed has its resize looked at, after those that come before it.
     pub fn look(&self, desired: &Pod) -> Pod {
         let mut effects = Effects::default();
@@ -163,6 +163,11 @@ impl PodLedger {
             Some(entry) if entry.desired.same_object(desired) => entry.shown.clone(),
             _ => state.shown(desired, self.0.parts.policy.pod_level),
         }
+    }
+
+    /// All allocations, held still: while admission decides nothing is allocated to a resize, and the other way round.
+    pub fn hold(&self) -> HeldAllocations<'_> {
+        HeldAllocations { ledger: self, state: self.lock() }
     }
 
     /// What of the pod's resources is in force.
@@ -513,7 +518,49 @@ impl PodLedger {
     }
 }
 
+/// See [`PodLedger::hold`]. Not to be kept over an await, an event or a wake.
+pub struct HeldAllocations<'a> {
+    ledger: &'a PodLedger,
+    state: MutexGuard<'a, State>,
+}
+
+impl HeldAllocations<'_> {
+    /// The pod with what it is allocated; with what it asks for while it is allocated nothing.
+    pub fn shown(&self, pod: &Pod) -> Pod {
+        self.state.shown(pod, self.ledger.pod_level())
+    }
+
+    /// What the pod keeps others from: what it is allocated, or what is in force as long as that is more.
+    pub fn holds(&self, pod: &Pod) -> ResourceList {
+        self.state.holds(&self.shown(pod), self.ledger.pod_level())
+    }
+
+    /// An admitted pod is allocated what it asks for, unless an earlier process has allocated it something.
+    pub fn allocate(&mut self, pod: &Pod) {
+        if !self.state.allocated.contains_key(pod.uid()) {
+            let held = PodResources::of(pod, self.ledger.pod_level());
+            self.state.allocated.insert(pod.uid().clone(), Arc::new(held));
+            self.ledger.touch(&mut self.state);
+        }
+    }
+
+    /// A rejected pod is allocated nothing, whatever an earlier process did.
+    pub fn discard(&mut self, uid: &PodUid) {
+        let state = &mut *self.state;
+        if [state.allocated.remove(uid), state.actuated.remove(uid)].iter().any(Option::is_some) {
+            self.ledger.touch(state);
+        }
+    }
+}
+
 impl State {
+    fn holds(&self, shown: &Pod, pod_level: bool) -> ResourceList {
+        match self.actuated.get(shown.uid()) {
+            Some(in_force) => allocation::held(shown, in_force, pod_level),
+            None => super::requests::pod_requests(shown),
+        }
+    }
+
     fn shown(&self, desired: &Pod, pod_level: bool) -> Pod {
         self.allocated.get(desired.uid()).map_or_else(|| desired.clone(), |held| held.shown_in(desired, pod_level))
     }
@@ -528,11 +575,7 @@ impl State {
         for pod in pods.iter().filter(|pod| pod.uid() != beside.uid() && !ended(pod)) {
             let Some(allocated) = self.allocated.get(pod.uid()) else { continue };
             let shown = allocated.shown_in(pod, pod_level);
-            let held = match self.actuated.get(pod.uid()) {
-                Some(in_force) => allocation::held(&shown, in_force, pod_level),
-                None => super::requests::pod_requests(&shown),
-            };
-            allocation::add_held(&mut room, &held);
+            allocation::add_held(&mut room, &self.holds(&shown, pod_level));
         }
         room
     }

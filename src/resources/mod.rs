@@ -20,11 +20,12 @@ mod systemd;
 
 pub use cgroup_names::CgroupName;
 pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
-pub use ledger::{LedgerParts, PodLedger, ResizeCondition, ResizeConditions};
+pub use ledger::{HeldAllocations, LedgerParts, PodLedger, ResizeCondition, ResizeConditions};
 pub use pod_resources::{ContainerSize, PodResources, PodSize, same_resources};
 pub use qos::{
     CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical,
     milli_of_quota, milli_of_shares, oom_score_adj, qos_class, shares_of_weight,
 };
+pub(crate) use requests::pod_level_set;
 pub use requests::{ResourceList, hugepage_size, pod_limits, pod_requests, resource_list};
 pub use reserved::ReservedCgroup;

@@ -332,8 +332,12 @@ impl PodVolumes for NodeVolumes {
         mounted: &MountedVolumes,
         env: &BTreeMap<String, String>,
     ) -> Result<Vec<v1::Mount>, VolumeError> {
-        let handler = pod.spec().runtime_class_name.as_deref().unwrap_or_default();
-        let recursive = self.node().recursive_read_only_handlers.iter().any(|h| h == handler);
+        let handler = self.objects.runtime_handler(pod).await.map_err(|error| VolumeError {
+            volume: String::new(),
+            class: VolumeErrorClass::Retry,
+            message: error.to_string(),
+        })?;
+        let recursive = self.node().recursive_read_only_handlers.contains(&handler);
         let mut out = Vec::new();
         for (index, mount) in container.spec.volume_mounts.iter().flatten().enumerate() {
             let failed = |class| move |message| VolumeError { volume: mount.name.clone(), class, message };

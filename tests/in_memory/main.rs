@@ -5,6 +5,7 @@
 
 mod rig;
 
+mod admission;
 mod lifecycle;
 mod many_pods;
 mod resize;

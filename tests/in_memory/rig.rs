@@ -11,7 +11,11 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ImageVolumeSource, PodStatus};
 use rkubelet::{
-    api::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec},
+    admission::{AdmissionMetrics, AdmissionParts, NodeAdmission, Policy},
+    api::{
+        ApiError, ConfigMapData, ReferencedObjects, RuntimeClassData, SecretData, ServiceAccountToken, ServiceEnv,
+        TokenSpec,
+    },
     containers::{ContainerPolicy, container_hash},
     cri::{
         CriMetrics, FollowSettings, RuntimeService, RuntimeStore,
@@ -264,10 +268,12 @@ impl Images for MemoryImages {
     fn forget(&self, _: &PodUid) {}
 }
 
-struct NoObjects;
+/// No object but RuntimeClasses: name → handler.
+#[derive(Clone, Default)]
+pub struct Classes(pub Arc<Mutex<HashMap<String, String>>>);
 
 #[async_trait]
-impl ReferencedObjects for NoObjects {
+impl ReferencedObjects for Classes {
     fn track(&self, _: &Pod) {}
     fn forget(&self, _: &PodUid) {}
     async fn config_map(&self, _: &str, name: &str) -> Result<Arc<ConfigMapData>, ApiError> {
@@ -275,6 +281,11 @@ impl ReferencedObjects for NoObjects {
     }
     async fn secret(&self, _: &str, name: &str) -> Result<Arc<SecretData>, ApiError> {
         Err(ApiError::NotFound { kind: "secret", name: name.to_owned() })
+    }
+    async fn runtime_class(&self, name: &str) -> Result<Arc<RuntimeClassData>, ApiError> {
+        let found = self.0.lock().unwrap().get(name).cloned();
+        let missing = || ApiError::NotFound { kind: "runtimeclass.node.k8s.io", name: name.to_owned() };
+        found.map(|handler| Arc::new(RuntimeClassData { handler })).ok_or_else(missing)
     }
     async fn service_account_token(&self, _: &Pod, _: &TokenSpec) -> Result<ServiceAccountToken, ApiError> {
         Err(ApiError::Unavailable { message: "no tokens here".to_owned() })
@@ -316,6 +327,9 @@ pub struct Rig {
     pub cgroups: Arc<MemoryCgroups>,
     pub events: Arc<MemoryEvents>,
     pub clock: Arc<dyn Clock>,
+    pub classes: Classes,
+    /// The node, as the next process will find it.
+    pub facts: Mutex<NodeFacts>,
     root: tempfile::TempDir,
 }
 
@@ -325,8 +339,7 @@ pub struct Process {
     pub store: Arc<PodStore>,
     pub runtime_store: Arc<RuntimeStore>,
     pub api: Arc<MemoryApi>,
-    /// Keeps the facts' channel open.
-    _facts: watch::Sender<Arc<NodeFacts>>,
+    pub facts: watch::Sender<Arc<NodeFacts>>,
     pub registry: prometheus::Registry,
     pub wakes: Arc<dyn WakeSink>,
     cancel: CancellationToken,
@@ -353,6 +366,8 @@ impl Rig {
             cgroups: Arc::default(),
             events: Arc::default(),
             clock,
+            classes: Classes::default(),
+            facts: Mutex::new(node_facts()),
             root,
         }
     }
@@ -368,16 +383,7 @@ impl Rig {
         let store = Arc::new(PodStore::new(&[PodSource::Api], Arc::clone(&wakes)));
         let api = MemoryApi::new(Arc::clone(&wakes));
         *api.store.lock().unwrap() = Some(Arc::clone(&store));
-        let allocatable = [("cpu", "4"), ("memory", "8Gi"), ("pods", "5000")];
-        let node = NodeFacts {
-            name: "n".into(),
-            ips: vec!["192.0.2.1".parse().unwrap()],
-            allocatable: allocatable.map(|(name, amount)| (name.into(), amount.into())).into(),
-            ..NodeFacts::default()
-        };
-        let (facts, node) = watch::channel(Arc::new(node));
-        let cancel = CancellationToken::new();
-        let settings = self.settings();
+        let (facts, node) = watch::channel(Arc::new(self.facts.lock().unwrap().clone()));
         let ledger = PodLedger::new(LedgerParts {
             policy: ResizePolicy::default(),
             directory: Some(self.root.path().to_owned()),
@@ -387,16 +393,32 @@ impl Rig {
             events: self.events.clone(),
             clock: Arc::clone(&self.clock),
         });
+        let admission = NodeAdmission::new(AdmissionParts {
+            policy: Policy::default(),
+            store: Arc::clone(&store),
+            runtime: Arc::clone(&runtime_store),
+            allocations: ledger.clone(),
+            node: node.clone(),
+            reread: None,
+            orders: Arc::new(WorkerWakes(Arc::clone(&workers))),
+            events: self.events.clone(),
+            wakes: Arc::clone(&wakes),
+            metrics: AdmissionMetrics::new(&registry).unwrap(),
+            clock: Arc::clone(&self.clock),
+        });
+        let cancel = CancellationToken::new();
+        let settings = self.settings();
         tokio::spawn(ledger.clone().run(cancel.clone()));
         let parts = WorkerParts {
             settings,
             clock: Arc::clone(&self.clock),
             store: Arc::clone(&store),
+            admission: Arc::new(admission),
             runtime: Arc::clone(&runtime),
             runtime_store: Arc::clone(&runtime_store),
             images: Arc::new(MemoryImages),
             volumes: self.volumes.clone(),
-            objects: Arc::new(NoObjects),
+            objects: Arc::new(self.classes.clone()),
             probes: Arc::new(AllReady::default()),
             publisher: Arc::new(MemoryPublisher(Arc::clone(&api))),
             events: self.events.clone(),
@@ -411,7 +433,7 @@ impl Rig {
         workers.start(Arc::new(parts));
         let metrics = Arc::new(CriMetrics::new(&registry).unwrap());
         tokio::spawn(follow(runtime, Arc::clone(&runtime_store), FollowSettings::default(), metrics, cancel.clone()));
-        Process { workers, store, runtime_store, api, _facts: facts, registry, wakes, cancel }
+        Process { workers, store, runtime_store, api, facts, registry, wakes, cancel }
     }
 
     fn settings(&self) -> WorkerSettings {
@@ -431,6 +453,19 @@ impl Rig {
             runtime_name: "containerd".into(),
             process_started: self.clock.now().wall,
         }
+    }
+}
+
+/// A node that is up.
+fn node_facts() -> NodeFacts {
+    let amounts = [("cpu", "4"), ("memory", "8Gi"), ("pods", "5000")];
+    NodeFacts {
+        name: "n".into(),
+        ips: vec!["192.0.2.1".parse().unwrap()],
+        runtime_ready: true,
+        node_seen: true,
+        allocatable: amounts.map(|(name, amount)| (name.to_owned(), amount.to_owned())).into(),
+        ..NodeFacts::default()
     }
 }
 

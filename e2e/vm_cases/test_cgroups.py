@@ -124,19 +124,25 @@ def test_oom_scores_by_class(cluster: VmCluster) -> None:
 
 
 def test_container_over_its_memory_limit(cluster: VmCluster) -> None:
-    resources = {"limits": {"memory": "32Mi"}}
+    """Exit code 137 always. The reason comes from the runtime, and it misses one now and then: when the last process of a
+    scope dies, systemd may remove the cgroup before containerd has read its counters (a comment in containerd's events.go
+    says so). So one of three must have it.
+    """
+    names = [f"greedy-{number}" for number in range(3)]
     with cluster.namespace("vm-oom") as ns:
-        cluster.create(cluster.pod("greedy", ns, image=cluster.images.busybox, restartPolicy="Never",
-                                   args=["sh", "-c", "dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1d"],
-                                   container={"resources": resources}))
-
-        def ended() -> dict | None:
-            statuses = cluster.get("pods", "greedy", ns)["status"].get("containerStatuses")
-            return statuses[0]["state"].get("terminated") if statuses else None
-
-        state = cluster.wait(ended, READY_SECONDS, "the container was killed")
-        assert (state["reason"], state["exitCode"]) == ("OOMKilled", 137), state
-        cluster.wait(lambda: cluster.get("pods", "greedy", ns)["status"]["phase"] == "Failed", 30, "the pod has Failed")
+        for name in names:
+            cluster.create(cluster.pod(name, ns, image=cluster.images.busybox, restartPolicy="Never",
+                                       args=["sh", "-c", "dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1d"],
+                                       container={"resources": {"limits": {"memory": "32Mi"}}}))
+        reasons = []
+        for name in names:
+            pod = cluster.wait(lambda: (pod := cluster.get("pods", name, ns))["status"]["phase"] == "Failed" and pod,
+                               READY_SECONDS, f"{name} has failed")
+            state = pod["status"]["containerStatuses"][0]["state"]["terminated"]
+            assert state["exitCode"] == 137, state
+            reasons.append(state["reason"])
+        print(f"       reasons: {', '.join(reasons)}")
+        assert "OOMKilled" in reasons and set(reasons) <= {"OOMKilled", "Error"}, reasons
 
 
 def test_hugepage_limits(cluster: VmCluster) -> None:

@@ -19,6 +19,8 @@ FIELD_MANAGER = "e2e"
 
 
 class Cluster:
+    cleanup_seconds = 120  # for the pods of a case's namespace, and for the namespace
+
     def __init__(self) -> None:
         self.api = apiclient.admin_client()
         self.agent = Agent()
@@ -146,8 +148,8 @@ class Cluster:
         finally:
             # The namespace controller looks again only seconds later when there are still pods.
             self.api.delete(self.path("pods", name))
-            poll(lambda: not self.list("pods", name), 120, f"the pods of {name} are gone")
-            self.delete("namespaces", name, timeout=120)
+            poll(lambda: not self.list("pods", name), self.cleanup_seconds, f"the pods of {name} are gone")
+            self.delete("namespaces", name, timeout=self.cleanup_seconds)
 
     def pod(self, name: str, ns: str, image: str | None = None, args: list[str] | None = None,
             container: dict | None = None, **spec: object) -> dict:

@@ -15,17 +15,17 @@ from e2e.harness.processes import Service
 from e2e.harness.steps import CommandFailed, poll
 
 SSH_KEY = layout.VM / "id_ed25519"
-_SOCKET = layout.RUN / "vm-ssh.sock"
+SOCKET = layout.RUN / "vm-ssh.sock"
 _OPTIONS = {"StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "LogLevel": "ERROR", "BatchMode": "yes",
             "ConnectTimeout": "10", "ServerAliveInterval": "5", "ServerAliveCountMax": "6", "IdentitiesOnly": "yes"}
 
 
 def _ssh(*arguments: str) -> list[str]:
     options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", "-F", "/dev/null", "-i", str(SSH_KEY), "-S", str(_SOCKET), *options, *arguments, f"root@{layout.VM_IP}"]
+    return ["ssh", "-F", "/dev/null", "-i", str(SSH_KEY), "-S", str(SOCKET), *options, *arguments, f"root@{layout.VM_IP}"]
 
 
-CONNECTION = Service("vm-ssh", lambda: _ssh("-M", "-N"), _SOCKET.exists, ready_timeout=40)
+CONNECTION = Service("vm-ssh", lambda: _ssh("-M", "-N"), SOCKET.exists, ready_timeout=40)
 
 
 class Guest:
@@ -35,7 +35,7 @@ class Guest:
         """Runs a script in the guest's shell as root, gives its stdout."""
         command = [*_ssh(), script]
         if not CONNECTION.alive():
-            _SOCKET.unlink(missing_ok=True)
+            SOCKET.unlink(missing_ok=True)
             CONNECTION.start()
         try:
             done = subprocess.run(command, input=b"" if input is None else input, capture_output=True, timeout=timeout)

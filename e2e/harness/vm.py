@@ -14,7 +14,7 @@ from pathlib import Path
 
 from e2e.harness import agent, apiclient, controlplane, layout, preflight, vm_image
 from e2e.harness.cluster import Cluster
-from e2e.harness.guest import CONNECTION, SSH_KEY, Guest, answers
+from e2e.harness.guest import CONNECTION, SOCKET, SSH_KEY, Guest, answers
 from e2e.harness.processes import Service
 from e2e.harness.steps import HarnessError, poll, run, say, step
 from e2e.harness.versions import DEBIAN_PACKAGES_FOR_VM
@@ -103,6 +103,8 @@ class VmAgent:
 
 class VmCluster(Cluster):
     """The cluster as cases of the VM node see it: node, agent and pods are those of the guest."""
+
+    cleanup_seconds = 300  # emulated, beside other work: containerd's own calls take up to half a minute
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,6 +257,7 @@ def stop() -> None:
         with step("stopping the VM"):
             QEMU.stop(timeout=10)
     CONNECTION.stop()
+    SOCKET.unlink(missing_ok=True)
     _remove_from_host()
 
 
@@ -273,7 +276,7 @@ def left_over() -> list[str]:
     addresses = re.compile(rf"\b{layout.VM_IP}\b|\b{layout.VM_HOST_IP}\b|\b{re.escape(layout.VM_NETWORK)}|{layout.VM_TAP}")
     left += [f"route {line}" for line in run(["ip", "-o", "route", "show", "table", "all"]).splitlines() if addresses.search(line)]
     left += [f"rule {line}" for line in run(["iptables-save"]).splitlines() if layout.VM_CHAIN in line or addresses.search(line)]
-    left += [f"file {path}" for path in (layout.VM, QEMU.pid_file, CONNECTION.pid_file) if path.exists()]
+    left += [f"file {path}" for path in (layout.VM, QEMU.pid_file, CONNECTION.pid_file, SOCKET) if path.exists()]
     if controlplane.API_SERVER.alive():
         status, _, _ = apiclient.admin_client().raw("GET", apiclient.resource_path("nodes", name=layout.VM_NODE_NAME))
         left += [f"node {layout.VM_NODE_NAME} (status {status})"] if status != 404 else []

@@ -22,5 +22,6 @@ pub mod resources;
 pub mod server;
 pub mod telemetry;
 pub mod time;
+pub mod user_namespaces;
 pub mod volumes;
 pub mod wake;

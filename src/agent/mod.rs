@@ -21,13 +21,14 @@ use crate::{
     images::{ImageParts, ImagesSetupError, NodeImages},
     node::{self, NodeAgent, NodeHandles, NodeParts, tunables},
     pod_status::ApiPublisher,
-    pod_worker::{PodWorkers, StartGate, WorkerParts, WorkerWakes},
+    pod_worker::{PodWorkers, WorkerParts, WorkerWakes},
     pods::{PodSource, PodStore, sources},
     probes::NodeProbes,
     resources::{KubepodsCgroups, LedgerParts, PodLedger},
     server,
     telemetry::{Metrics, Verbosity, WorkerMetrics},
     time::{Clock, SystemClock},
+    user_namespaces::UserNamespaceError,
     volumes::{self, LinuxMounter, NodeVolumes, PodVolumes},
     wake::WakeSink,
 };
@@ -59,6 +60,8 @@ pub enum AgentError {
     Cgroups(#[from] crate::resources::CgroupError),
     #[error("allowedUnsafeSysctls: {0}")]
     Sysctls(#[from] SysctlError),
+    #[error("create user namespace manager: {0}")]
+    UserNamespaces(#[from] UserNamespaceError),
     #[error("failed to register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
     #[error("failed to start the lease thread: {0}")]
@@ -191,7 +194,7 @@ impl Agent {
             Arc::clone(&recorder),
             Arc::clone(&wakes),
             Arc::clone(&clock),
-            rand::random(),
+            settings::probes(&config),
         )?);
         let image_parts = ImageParts {
             service: Arc::clone(&side.images),
@@ -205,6 +208,7 @@ impl Agent {
             lifecycle::image_collector_parts(&side.runtime, &side.store, &recorder, &clock),
         );
         let mutations = TaskTracker::new();
+        let user_namespaces = Arc::new(settings::user_namespaces(&config)?);
         let parts = Arc::new(WorkerParts {
             settings: settings::workers(&config, &handshake, clock.now().wall),
             clock: Arc::clone(&clock),
@@ -220,8 +224,9 @@ impl Agent {
             events: Arc::clone(&recorder),
             cgroups: Arc::new(cgroups.clone()),
             ledger,
+            user_namespaces,
             node: node.facts.clone(),
-            gate: StartGate::new(settings::gate_width()),
+            gate: settings::start_gate(&clock),
             metrics: Arc::new(WorkerMetrics::new(metrics.registry())?),
             mutations: mutations.clone(),
             cancel: cancel.clone(),

@@ -20,9 +20,12 @@ use crate::{
     images::{CollectorSettings, ImageSettings, ProviderSettings, VerificationPolicy},
     network::DnsSettings,
     node::{Handshake, HostPaths, Machine, MachineError, NodeFacts, NodeSettings},
-    pod_worker::{WorkerSettings, backoff::BackoffLimits, decide::Rules},
+    pod_worker::{StartGate, WorkerSettings, backoff::BackoffLimits, decide::Rules, restart::LifecycleGates},
+    probes::ProbeSettings,
     resources::{CgroupSettings, allocation::ResizePolicy},
     server::ServerSettings,
+    time::Clock,
+    user_namespaces::{IdRange, UserNamespaceError, UserNamespaces},
     volumes::VolumeSettings,
 };
 
@@ -37,9 +40,10 @@ pub(super) fn pod_logs_dir(config: &Config) -> PathBuf {
     PathBuf::from(&config.kubelet.pod_logs_dir)
 }
 
-/// How many pods may be in the runtime's expensive section at once.
-pub(super) fn gate_width() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).max(2)
+/// As wide as there are cores, and up to four times as wide where that turns out to be faster.
+pub(super) fn start_gate(clock: &Arc<dyn Clock>) -> StartGate {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from).max(2);
+    StartGate::adaptive(cores, 4 * cores, Arc::clone(clock))
 }
 
 pub(super) fn api(config: &Config) -> ApiSettings {
@@ -139,6 +143,7 @@ pub(super) fn workers(config: &Config, handshake: &Handshake, process_started: T
         rules: Rules {
             backoff: BackoffLimits { cap: cap.unwrap_or(limits.cap), ..limits },
             hash: |container| format!("{:x}", container_hash(container)),
+            gates: lifecycle_gates(config),
         },
         root_dir: config.root_directory().to_owned(),
         pod_logs_dir: pod_logs_dir(config),
@@ -150,6 +155,7 @@ pub(super) fn workers(config: &Config, handshake: &Handshake, process_started: T
             memory_qos: config.feature_gates.enabled("MemoryQoS"),
             memory_reservation: kubelet.memory_reservation_policy == "TieredReservation",
             memory_throttling_factor: kubelet.memory_throttling_factor,
+            stop_signals: config.feature_gates.enabled("ContainerStopSignals"),
             ..ContainerPolicy::default()
         },
         cpu_cfs_quota: kubelet.cpu_cfs_quota,
@@ -157,6 +163,28 @@ pub(super) fn workers(config: &Config, handshake: &Handshake, process_started: T
         runtime_name: handshake.runtime_name.clone(),
         process_started,
     }
+}
+
+/// Reads `getsubids` and what earlier agents recorded.
+pub(super) fn user_namespaces(config: &Config) -> Result<UserNamespaces, UserNamespaceError> {
+    let kubelet = &config.kubelet;
+    let configured = kubelet.user_namespaces.as_ref().and_then(|n| n.ids_per_pod);
+    let ids = configured.and_then(|ids| u32::try_from(ids).ok()).filter(|ids| *ids > 0).unwrap_or(65536);
+    let max_pods = u32::try_from(kubelet.max_pods).unwrap_or(0);
+    UserNamespaces::open(config.root_directory(), ids, max_pods, IdRange::of_this_host(ids)?)
+}
+
+fn lifecycle_gates(config: &Config) -> LifecycleGates {
+    let gates = &config.feature_gates;
+    LifecycleGates {
+        restart_rules: gates.enabled("ContainerRestartRules"),
+        restart_all: gates.enabled("RestartAllContainersOnContainerExits"),
+        stop_signals: gates.enabled("ContainerStopSignals"),
+    }
+}
+
+pub(super) fn probes(config: &Config) -> ProbeSettings {
+    ProbeSettings { seed: rand::random(), eager_first_readiness: config.flags.eager_first_readiness }
 }
 
 fn dns(config: &Config) -> DnsSettings {

@@ -1,4 +1,4 @@
-//! The table of flags: every flag of a Go kubelet 1.37, what its value looks like and where it goes. Contract 1.4.
+//! The table of flags: every flag of a Go kubelet 1.37 and our own, what its value looks like and where it goes. Contract 1.4.
 //!
 //! Data and the setters of [`Flags`]; `parse.rs` walks the command line with it. Pure.
 
@@ -163,6 +163,7 @@ pub(super) const FLAGS: &[FlagSpec] = &[
     flag("cloud-provider", Kind::Text, set_cloud_provider, "\"external\" when a cloud controller sets the node's addresses, else empty."),
     flag("config", Kind::Text, set!(config_file, path), "Configuration file (KubeletConfiguration). Flags override it."),
     flag("config-dir", Kind::Text, set!(config_directory, path), "Directory of *.conf files merged over --config, in lexical order."),
+    flag("eager-first-readiness", Kind::Bool, set!(eager_first_readiness), "rkubelet only: until a readiness or startup probe first passes, try it again after 50, 100, 200 ms and so on, within its period (default true)."),
     flag("exit-on-lock-contention", Kind::Bool, set!(exit_on_lock_contention), "Exit when another process wants --lock-file."),
     old(flag("experimental-allocatable-ignore-eviction", Kind::Bool, set!(allocatable_ignores_eviction), "Hard eviction thresholds do not reduce allocatable."), "will be removed in 1.25 or later."),
     nothing("experimental-mounter-path", Kind::Text, "will be removed in 1.25 or later. in favor of using CSI."),

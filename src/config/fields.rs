@@ -187,7 +187,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("containerRuntimeEndpoint", Zero, Works),
     field("imageServiceEndpoint", Null, Works),
     field("failCgroupV1", Null, Works),
-    field("userNamespaces.idsPerPod", Null, NoEffect),
+    field("userNamespaces.idsPerPod", Null, Works),
 ];
 
 /// The paths in `object` that no field has, in order; they are removed from it.

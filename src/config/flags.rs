@@ -53,6 +53,8 @@ pub struct Flags {
     pub allocatable_ignores_eviction: bool,
     /// `--housekeeping-interval` of container statistics.
     pub housekeeping_interval: GoDuration,
+    /// `--eager-first-readiness`, ours alone: see `probes`.
+    pub eager_first_readiness: bool,
 }
 
 impl Default for Flags {
@@ -79,6 +81,7 @@ impl Default for Flags {
             minimum_container_ttl: GoDuration::ZERO,
             allocatable_ignores_eviction: false,
             housekeeping_interval: GoDuration::from_secs(10),
+            eager_first_readiness: true,
         }
     }
 }

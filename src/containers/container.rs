@@ -24,6 +24,8 @@ pub struct ContainerPolicy {
     pub swap_controller: bool,
     /// With `memorySwap.swapBehavior: LimitedSwap`: the node's swap in bytes.
     pub limited_swap_bytes: Option<i64>,
+    /// Feature ContainerStopSignals: `lifecycle.stopSignal` counts.
+    pub stop_signals: bool,
     /// An ephemeral container's `targetContainerName`, as the runtime's container ID.
     pub target_container_id: Option<String>,
 }
@@ -38,6 +40,7 @@ impl Default for ContainerPolicy {
             memory_throttling_factor: None,
             swap_controller: false,
             limited_swap_bytes: None,
+            stop_signals: false,
             target_container_id: None,
         }
     }
@@ -57,6 +60,7 @@ pub fn container_config_with(
     let spec = container.spec;
     let security = container_security(inputs, policy)?;
     let env = as_map(inputs.env);
+    let signal = spec.lifecycle.as_ref().and_then(|l| l.stop_signal.as_deref()).filter(|_| policy.stop_signals);
     let expanded = |list: &Option<Vec<String>>| -> Vec<String> {
         list.iter().flatten().map(|part| expand(part, |name| env.get(name).cloned())).collect()
     };
@@ -71,7 +75,7 @@ pub fn container_config_with(
         args: expanded(&spec.args),
         working_dir: spec.working_dir.clone().unwrap_or_default(),
         envs: inputs.env.iter().map(key_value).collect(),
-        mounts: inputs.mounts.to_vec(),
+        mounts: mapped(inputs.mounts, inputs.user_namespace),
         labels: labels::container_labels(pod, spec),
         annotations: labels::container_annotations(pod, spec, inputs.attempt),
         log_path: container_log_path(&spec.name, inputs.attempt),
@@ -82,9 +86,20 @@ pub fn container_config_with(
             resources: Some(container_resources(inputs, policy)),
             security_context: Some(security),
         }),
-        stop_signal: stop_signal(spec.lifecycle.as_ref().and_then(|l| l.stop_signal.as_deref())).into(),
+        stop_signal: stop_signal(signal).into(),
         ..Default::default()
     })
+}
+
+/// What a pod with its own users mounts is shown to it under its own IDs (contract P-58).
+fn mapped(mounts: &[v1::Mount], users: Option<&v1::UserNamespace>) -> Vec<v1::Mount> {
+    let map = |mount: &v1::Mount| match users {
+        Some(users) => {
+            v1::Mount { uid_mappings: users.uids.clone(), gid_mappings: users.gids.clone(), ..mount.clone() }
+        }
+        None => mount.clone(),
+    };
+    mounts.iter().map(map).collect()
 }
 
 fn key_value((key, value): &(String, String)) -> v1::KeyValue {
@@ -137,6 +152,31 @@ mod tests {
         assert_eq!(config.stop_signal, v1::Signal::RuntimeDefault as i32);
         let linux = config.linux.unwrap();
         assert!(linux.resources.is_some() && linux.security_context.is_some());
+    }
+
+    #[test]
+    fn p32_a_stop_signal_counts_only_with_its_gate() {
+        let pod = pod(r#"{"os":{"name":"linux"},"containers":[{"name":"c","lifecycle":{"stopSignal":"SIGUSR1"}}]}"#);
+        let image = image(Some(0), "");
+        for (stop_signals, want) in [(false, v1::Signal::RuntimeDefault), (true, v1::Signal::Sigusr1)] {
+            let policy = ContainerPolicy { stop_signals, ..Default::default() };
+            let config = container_config_with(&container_inputs(&pod, &image), &policy).unwrap();
+            assert_eq!(config.stop_signal(), want);
+        }
+    }
+
+    #[test]
+    fn p58_mounts_and_namespaces_of_a_pod_with_its_own_users_are_mapped() {
+        let (pod, image) = (pod(r#"{"hostUsers":false}"#), image(Some(0), ""));
+        let ids = vec![v1::IdMapping { host_id: 65536, container_id: 0, length: 65536 }];
+        let users = v1::UserNamespace { mode: v1::NamespaceMode::Pod.into(), uids: ids.clone(), gids: ids.clone() };
+        let mounts = [v1::Mount { container_path: "/m".into(), ..Default::default() }];
+        let inputs =
+            ContainerInputs { mounts: &mounts, user_namespace: Some(&users), ..container_inputs(&pod, &image) };
+        let config = container_config(&inputs).unwrap();
+        assert_eq!((&config.mounts[0].uid_mappings, &config.mounts[0].gid_mappings), (&ids, &ids));
+        let security = config.linux.unwrap().security_context.unwrap();
+        assert_eq!(security.namespace_options.unwrap().userns_options, Some(users));
     }
 
     fn own(list: &[&str]) -> Vec<String> {

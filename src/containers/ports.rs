@@ -38,6 +38,8 @@ pub struct SandboxInputs<'a> {
     pub hostname: &'a str,
     /// The pod's cgroup as the runtime's driver names it: from `resources`.
     pub cgroup_parent: &'a str,
+    /// Whose users the pod has; `None`: the node's (contract P-58).
+    pub user_namespace: Option<&'a v1::UserNamespace>,
     /// `/var/log/pods`.
     pub pod_logs_dir: &'a Path,
     /// `<root>/seccomp` is where Localhost profiles are.
@@ -59,6 +61,8 @@ pub struct ContainerInputs<'a> {
     pub pod_ips: &'a [IpAddr],
     pub node: &'a NodeFacts,
     pub root_dir: &'a Path,
+    /// Whose users the container has; `None`: the node's (contract P-58).
+    pub user_namespace: Option<&'a v1::UserNamespace>,
     /// cpuCFSQuota, cpuCFSQuotaPeriod (µs) from the config.
     pub cpu_cfs_quota: bool,
     pub cpu_cfs_period_micros: i64,

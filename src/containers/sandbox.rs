@@ -28,7 +28,7 @@ pub fn sandbox_config(inputs: &SandboxInputs<'_>) -> Result<v1::PodSandboxConfig
         annotations: labels::sandbox_annotations(pod),
         linux: Some(v1::LinuxPodSandboxConfig {
             cgroup_parent: inputs.cgroup_parent.to_owned(),
-            security_context: Some(sandbox_security(pod)?),
+            security_context: Some(sandbox_security(pod, inputs.user_namespace)?),
             sysctls: sysctls.into_iter().flatten().map(|s| (s.name.clone(), s.value.clone())).collect(),
             overhead: Some(overhead),
             resources: Some(resources),

@@ -62,7 +62,7 @@ pub(super) fn container_security(
 
     let own = effective.own;
     let unmasked = own.and_then(|c| c.proc_mount.as_deref()) == Some("Unmasked");
-    let mut namespaces = namespaces(pod)?;
+    let mut namespaces = namespaces(pod, inputs.user_namespace)?;
     if let Some(target) = &policy.target_container_id
         && namespaces.pid() == NamespaceMode::Container
     {
@@ -103,11 +103,14 @@ fn set_deprecated_apparmor(context: &mut v1::LinuxContainerSecurityContext, prof
 }
 
 /// The sandbox's security context: as the pod says, and always the runtime's seccomp profile.
-pub(super) fn sandbox_security(pod: &Pod) -> Result<v1::LinuxSandboxSecurityContext, ConfigError> {
+pub(super) fn sandbox_security(
+    pod: &Pod,
+    users: Option<&v1::UserNamespace>,
+) -> Result<v1::LinuxSandboxSecurityContext, ConfigError> {
     let default = PodSecurityContext::default();
     let context = pod.spec().security_context.as_ref().unwrap_or(&default);
     Ok(v1::LinuxSandboxSecurityContext {
-        namespace_options: Some(namespaces(pod)?),
+        namespace_options: Some(namespaces(pod, users)?),
         selinux_options: context.se_linux_options.as_ref().map(selinux),
         run_as_user: context.run_as_user.map(int64),
         run_as_group: context.run_as_group.map(int64),
@@ -121,15 +124,15 @@ pub(super) fn sandbox_security(pod: &Pod) -> Result<v1::LinuxSandboxSecurityCont
 
 /// Any container is privileged: then the sandbox is.
 fn privileged(pod: &Pod) -> bool {
-    let ephemeral = pod.spec().ephemeral_containers.iter().flatten().map(|c| c.security_context.as_ref());
-    let contexts = pod.containers().map(|c| c.spec.security_context.as_ref()).chain(ephemeral);
+    let contexts = pod.all_containers().map(|c| c.spec.security_context.as_ref());
     contexts.flatten().any(|c| c.privileged == Some(true))
 }
 
 /// Which namespaces are the node's, the pod's or each container's own.
-fn namespaces(pod: &Pod) -> Result<v1::NamespaceOption, ConfigError> {
+fn namespaces(pod: &Pod, users: Option<&v1::UserNamespace>) -> Result<v1::NamespaceOption, ConfigError> {
     let spec = pod.spec();
-    if spec.host_users == Some(false) {
+    // Nobody has given the pod users of its own: it must not get the node's instead.
+    if spec.host_users == Some(false) && users.is_none() {
         return Err(ConfigError::container(
             "can't set `spec.hostUsers: false`, runtime does not support user namespaces",
         ));
@@ -145,7 +148,9 @@ fn namespaces(pod: &Pod) -> Result<v1::NamespaceOption, ConfigError> {
         pid: pid.into(),
         ipc: node_or_pod(spec.host_ipc).into(),
         target_id: String::new(),
-        userns_options: Some(v1::UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() }),
+        userns_options: users
+            .cloned()
+            .or_else(|| Some(v1::UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() })),
     })
 }
 
@@ -362,7 +367,9 @@ mod tests {
             (r#"{"hostIPC":true}"#, Pod, Container, Node),
             (r#"{"shareProcessNamespace":true}"#, Pod, Pod, Pod),
         ] {
-            for options in [security(spec).namespace_options, sandbox_security(&pod(spec)).unwrap().namespace_options] {
+            for options in
+                [security(spec).namespace_options, sandbox_security(&pod(spec), None).unwrap().namespace_options]
+            {
                 let options = options.unwrap();
                 assert_eq!((options.network(), options.pid(), options.ipc()), (network, pid, ipc), "{spec}");
                 assert_eq!(options.userns_options.unwrap().mode(), Node);
@@ -384,20 +391,22 @@ mod tests {
 
     #[test]
     fn p58_user_namespaces_are_refused_not_ignored() {
-        let error = sandbox_security(&pod(r#"{"hostUsers":false}"#)).unwrap_err();
+        let error = sandbox_security(&pod(r#"{"hostUsers":false}"#), None).unwrap_err();
         assert_eq!(error.message, "can't set `spec.hostUsers: false`, runtime does not support user namespaces");
     }
 
     #[test]
     fn p59_sandbox_runs_with_the_runtimes_seccomp_and_any_privileged_container_makes_it_privileged() {
-        let plain =
-            sandbox_security(&pod(r#"{"securityContext":{"seccompProfile":{"type":"Unconfined"},"runAsUser":5}}"#))
-                .unwrap();
+        let plain = sandbox_security(
+            &pod(r#"{"securityContext":{"seccompProfile":{"type":"Unconfined"},"runAsUser":5}}"#),
+            None,
+        )
+        .unwrap();
         assert_eq!(plain.seccomp.unwrap().profile_type(), ProfileType::RuntimeDefault);
         assert_eq!((plain.privileged, plain.run_as_user.unwrap().value), (false, 5));
         for list in ["initContainers", "ephemeralContainers"] {
             let spec = format!(r#"{{"{list}":[{{"name":"x","securityContext":{{"privileged":true}}}}]}}"#);
-            assert!(sandbox_security(&pod(&spec)).unwrap().privileged, "{list}");
+            assert!(sandbox_security(&pod(&spec), None).unwrap().privileged, "{list}");
         }
     }
 

@@ -49,6 +49,7 @@ pub(crate) fn container_inputs<'a>(pod: &'a Pod, image: &'a PresentImage) -> Con
         pod_ips: &[],
         node: NODE.get_or_init(NodeFacts::default),
         root_dir: Path::new("/var/lib/kubelet"),
+        user_namespace: None,
         cpu_cfs_quota: true,
         cpu_cfs_period_micros: 100_000,
     }
@@ -64,6 +65,7 @@ pub(crate) fn sandbox_inputs(pod: &Pod) -> SandboxInputs<'_> {
         dns: DNS.get_or_init(|| v1::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() }),
         hostname: "p",
         cgroup_parent: "kubepods.slice",
+        user_namespace: None,
         pod_logs_dir: Path::new("/var/log/pods"),
         root_dir: Path::new("/var/lib/kubelet"),
     }

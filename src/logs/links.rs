@@ -66,9 +66,56 @@ pub fn remove_logs(log_file: &Path, link: Option<&Path>) -> io::Result<()> {
     Ok(())
 }
 
+/// How many runs of a container its log directory knows of: one more than the largest `<n>` of `<n>.log…` (contract P-23). 0 when there
+/// is no directory.
+pub fn runs_logged(directory: &Path) -> io::Result<u32> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let mut runs = 0;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|n| n.split_once(".log")).and_then(|(n, rest)| {
+            let digits = n.bytes().all(|b| b.is_ascii_digit()) && (rest.is_empty() || rest.starts_with('.'));
+            n.parse::<u32>().ok().filter(|_| digits)
+        });
+        if let Some(number) = number
+            && !entry.file_type()?.is_dir()
+        {
+            runs = runs.max(number.saturating_add(1));
+        }
+    }
+    Ok(runs)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn p23_the_log_directory_knows_how_often_a_container_ran() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = dir.path().join("c");
+        assert_eq!(runs_logged(&logs).unwrap(), 0);
+        fs::create_dir(&logs).unwrap();
+        assert_eq!(runs_logged(&logs).unwrap(), 0);
+        for (name, runs) in [
+            ("x.log", 0),
+            ("+7.log", 0),
+            ("0.log", 1),
+            ("3.log.20260101-000000.gz", 4),
+            ("2.log", 4),
+            ("9.logs", 4),
+            ("notes", 4),
+        ] {
+            fs::write(logs.join(name), "").unwrap();
+            assert_eq!(runs_logged(&logs).unwrap(), runs, "{name}");
+        }
+        fs::create_dir(logs.join("11.log")).unwrap();
+        assert_eq!(runs_logged(&logs).unwrap(), 4);
+    }
 
     #[test]
     fn l01_link_is_named_made_replaced_and_removed() {

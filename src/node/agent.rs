@@ -287,6 +287,7 @@ fn fill_facts(
     facts.supplemental_groups_policy = runtime.supplemental_groups_policy.unwrap_or(false);
     let recursive = runtime.handlers.iter().filter(|h| h.recursive_read_only_mounts);
     facts.recursive_read_only_handlers = recursive.map(|h| h.name.clone()).collect();
+    facts.user_namespace_handlers = runtime.handlers.iter().map(|h| (h.name.clone(), h.user_namespaces)).collect();
     let Some(readings) = readings else { return };
     facts.pressures.clone_from(&readings.pressures);
     let (capacity, allocatable) = resources(settings, readings);

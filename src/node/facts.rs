@@ -40,6 +40,8 @@ pub struct NodeFacts {
     pub capacity: BTreeMap<String, String>,
     /// Runtime handler names and their features, "" is the default handler.
     pub recursive_read_only_handlers: Vec<String>,
+    /// Runtime handler → whether it can give pods a user namespace. Empty when the runtime does not say.
+    pub user_namespace_handlers: BTreeMap<String, bool>,
     /// This host runs cgroup v2 (unified).
     pub cgroup_v2: bool,
 }

@@ -6,13 +6,14 @@ use super::{generate::StatusInput, resources};
 use crate::{
     pod_worker::{
         decide::{SandboxState, sandbox_state},
+        restart_all,
         view::{EndCause, Phase},
     },
     pods::{ContainerKind, ContainerRef},
 };
 
 /// The types that this agent writes; all others belong to somebody else and pass through.
-pub const OWNED: [&str; 7] = [
+pub const OWNED: [&str; 8] = [
     "PodReadyToStartContainers",
     "Initialized",
     "Ready",
@@ -20,6 +21,7 @@ pub const OWNED: [&str; 7] = [
     "PodScheduled",
     "PodResizePending",
     "PodResizeInProgress",
+    restart_all::CONDITION,
 ];
 
 const DISRUPTION_TARGET: &str = "DisruptionTarget";
@@ -66,6 +68,12 @@ pub(super) fn generate(input: &StatusInput<'_>, status: &PodStatus) -> Vec<PodCo
         let verdict = Verdict { ok: true, reason: "TerminationByKubelet", message: message.to_owned() };
         list.push(condition(input, DISRUPTION_TARGET, verdict));
     }
+    if restart_all::possible(input.pod, input.gates) {
+        // Upstream gives this one no generation.
+        let verdict = restarting_all(input, phase);
+        let restarting = condition(input, restart_all::CONDITION, verdict);
+        list.push(PodCondition { observed_generation: None, ..restarting });
+    }
     list
 }
 
@@ -75,6 +83,31 @@ fn disruption<'a>(input: &StatusInput<'a>) -> Option<&'a str> {
         Some(EndCause::Ordered(order)) if input.phase >= Phase::Terminated => order.disruption.as_deref(),
         _ => None,
     }
+}
+
+/// True from the end of the container that asked for it until all containers are removed (contract P-36).
+fn restarting_all(input: &StatusInput<'_>, phase: &str) -> Verdict {
+    let started = || Verdict {
+        ok: true,
+        reason: "RestartAllContainersStarted",
+        message: "container exited with restart policy rule".into(),
+    };
+    match (phase, input.runtime) {
+        ("Succeeded", _) => Verdict::no("PodCompleted", ""),
+        ("Failed", _) => Verdict::no("PodFailed", ""),
+        (_, None) => match was_true(input, restart_all::CONDITION) {
+            true => started(),
+            false => Verdict::no("", ""),
+        },
+        (_, Some(runtime)) => {
+            let asked = restart_all::asked_for(input.pod, runtime, input.last, input.gates);
+            if asked && !restart_all::cleaned_up(input.pod, runtime) { started() } else { Verdict::no("", "") }
+        }
+    }
+}
+
+fn was_true(input: &StatusInput<'_>, kind: &str) -> bool {
+    input.last.conditions.iter().flatten().any(|c| c.type_ == kind && c.status == "True")
 }
 
 fn condition(input: &StatusInput<'_>, kind: &str, verdict: Verdict) -> PodCondition {
@@ -95,8 +128,7 @@ fn condition(input: &StatusInput<'_>, kind: &str, verdict: Verdict) -> PodCondit
 
 fn ready_to_start(input: &StatusInput<'_>) -> Verdict {
     let Some(runtime) = input.runtime else {
-        let last = input.last.conditions.iter().flatten().find(|c| c.type_ == "PodReadyToStartContainers");
-        return if last.is_some_and(|c| c.status == "True") { Verdict::yes() } else { not_ready("") };
+        return if was_true(input, "PodReadyToStartContainers") { Verdict::yes() } else { not_ready("") };
     };
     match sandbox_state(input.pod, runtime) {
         SandboxState::Usable(_) => Verdict::yes(),
@@ -187,7 +219,8 @@ fn initialized(input: &StatusInput<'_>, status: &PodStatus, phase: &str) -> Verd
         .main_containers()
         .filter_map(|c| find(status, c))
         .any(|s| s.state.as_ref().is_some_and(|state| state.running.is_some() || state.terminated.is_some()));
-    if main_started {
+    // Once initialised, always initialised: init containers that run again in place do not take it back.
+    if main_started || (input.gates.restart_all && was_true(input, "Initialized")) {
         return Verdict::yes();
     }
     match messages(&unknown, &incomplete, "incomplete") {

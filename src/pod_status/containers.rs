@@ -12,12 +12,14 @@ use super::{
     resources,
 };
 use crate::{
+    containers::termination_log::cut_to_share,
     cri::{Container, ContainerState},
     pod_worker::{
         restart::restarts_after,
+        restart_all,
         start_order::{self, restart_count},
     },
-    pods::{ContainerKind, ContainerRef},
+    pods::{ContainerKind, ContainerRef, Pod},
     probes::{Readiness, Startup},
 };
 
@@ -33,9 +35,32 @@ pub(super) fn init_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
 
 /// By name, as upstream sorts them.
 pub(super) fn main_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
-    let mut list: Vec<_> = input.pod.main_containers().map(|c| container_status(input, c)).collect();
+    by_name(input.pod.main_containers().map(|c| container_status(input, c)).collect())
+}
+
+/// By name (contract P-22).
+pub(super) fn ephemeral_statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
+    by_name(input.pod.ephemeral_containers().map(|c| container_status(input, c)).collect())
+}
+
+fn by_name(mut list: Vec<ContainerStatus>) -> Vec<ContainerStatus> {
     list.sort_by(|a, b| a.name.cmp(&b.name));
     list
+}
+
+/// All termination messages of a pod share 12 KiB, each container an equal part (contract P-35).
+pub(super) fn share_messages(pod: &Pod, status: &mut PodStatus) {
+    let containers = pod.all_containers().count();
+    let lists =
+        [&mut status.init_container_statuses, &mut status.container_statuses, &mut status.ephemeral_container_statuses];
+    for of in lists.into_iter().flatten().flatten() {
+        for state in [&mut of.state, &mut of.last_state].into_iter().flatten() {
+            let message = state.terminated.as_mut().and_then(|t| t.message.as_mut());
+            if let Some(message) = message {
+                message.truncate(cut_to_share(message, containers).len());
+            }
+        }
+    }
 }
 
 fn container_status(input: &StatusInput<'_>, container: ContainerRef<'_>) -> ContainerStatus {
@@ -61,7 +86,8 @@ fn container_status(input: &StatusInput<'_>, container: ContainerRef<'_>) -> Con
 fn old_status<'a>(input: &StatusInput<'a>, container: ContainerRef<'_>) -> Option<&'a ContainerStatus> {
     let list = match container.kind {
         ContainerKind::Init | ContainerKind::Sidecar => &input.last.init_container_statuses,
-        _ => &input.last.container_statuses,
+        ContainerKind::Main => &input.last.container_statuses,
+        ContainerKind::Ephemeral => &input.last.ephemeral_container_statuses,
     };
     list.iter().flatten().find(|s| s.name == container.name())
 }
@@ -102,6 +128,11 @@ fn missing_status(
     container: ContainerRef<'_>,
     old: Option<&ContainerStatus>,
 ) -> ContainerStatus {
+    if let Some(old) = old.filter(|_| restarting_all(input))
+        && old.state.as_ref().is_none_or(|s| s.waiting.is_none())
+    {
+        return removed_to_restart(input, container, old);
+    }
     if let Some(old) = old.filter(|o| o.state.as_ref().is_some_and(|s| s.terminated.is_some())) {
         return old.clone();
     }
@@ -129,9 +160,27 @@ fn missing_status(
     status
 }
 
+fn restarting_all(input: &StatusInput<'_>) -> bool {
+    input.runtime.is_some_and(|runtime| restart_all::asked_for(input.pod, runtime, input.last, input.gates))
+}
+
+/// Gone from the runtime because the whole pod begins anew in place (contract P-36).
+fn removed_to_restart(input: &StatusInput<'_>, container: ContainerRef<'_>, old: &ContainerStatus) -> ContainerStatus {
+    let ended = old.state.as_ref().is_some_and(|s| s.terminated.is_some());
+    let mut status = if ended { old.clone() } else { default_status(input, container, Some(old)) };
+    status.state = Some(waiting(restart_all::REASON, Some(restart_all::MESSAGE)));
+    status.last_state = Some(violent_end(restart_all::REASON, restart_all::MESSAGE));
+    status.restart_count = old.restart_count + 1;
+    status
+}
+
 fn unknown_end(message: &str) -> ApiState {
+    violent_end("ContainerStatusUnknown", message)
+}
+
+fn violent_end(reason: &str, message: &str) -> ApiState {
     let ended = ContainerStateTerminated {
-        reason: Some("ContainerStatusUnknown".into()),
+        reason: Some(reason.into()),
         message: Some(message.into()),
         exit_code: 137,
         ..Default::default()
@@ -147,26 +196,38 @@ fn observed_status(
     old: Option<&ContainerStatus>,
 ) -> ContainerStatus {
     let post_start = input.post_start.get(container.name()).is_some_and(|id| *id == latest.id);
-    let last_state = match previous {
-        Some(previous) => api_state(input, previous, None),
-        None => old.and_then(|o| o.last_state.clone()).unwrap_or_default(),
+    let id = format!("{}://{}", input.runtime_name, latest.id);
+    // The predecessor may be gone from the runtime: then what was published of it counts.
+    let published_end = old.filter(|o| o.container_id.as_deref() != Some(&id)).and_then(|o| o.state.clone());
+    let last_state = match (previous, published_end.filter(|s| s.terminated.is_some())) {
+        (Some(previous), _) => api_state(input, previous, None),
+        (None, Some(ended)) => ended,
+        (None, None) => old.and_then(|o| o.last_state.clone()).unwrap_or_default(),
     };
+    let restarts = i32::try_from(restart_count(latest)).unwrap_or(i32::MAX);
     ContainerStatus {
         name: container.name().to_owned(),
         image: latest.image.clone(),
         image_id: latest.image_ref.clone(),
-        container_id: Some(format!("{}://{}", input.runtime_name, latest.id)),
-        restart_count: i32::try_from(restart_count(latest)).unwrap_or(i32::MAX),
+        container_id: Some(id),
+        restart_count: old.map_or(restarts, |o| o.restart_count.max(restarts)),
         state: Some(if post_start { default_waiting(input) } else { api_state(input, latest, old) }),
         last_state: Some(last_state),
         volume_mounts: old.and_then(|o| o.volume_mounts.clone()).or_else(|| volume_mounts(container)),
         resources: resources::container(input, container.spec.resources.as_ref(), latest, old),
         allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
+        stop_signal: stop_signal(latest).filter(|_| input.gates.stop_signals),
         user: latest.user.as_ref().map(|(uid, gid, groups)| ContainerUser {
             linux: Some(LinuxContainerUser { uid: *uid, gid: *gid, supplemental_groups: Some(groups.clone()) }),
         }),
         ..Default::default()
     }
+}
+
+/// The signal in force as the API names it, if the runtime says one: `SIGRTMIN+3` (contract P-32).
+fn stop_signal(container: &Container) -> Option<String> {
+    let name = container.stop_signal.as_str_name().strip_prefix("SIGNAL_")?;
+    (name != "RUNTIME_DEFAULT").then(|| name.replace("RTMINPLUS", "RTMIN+").replace("RTMAXMINUS", "RTMAX-"))
 }
 
 fn api_state(input: &StatusInput<'_>, container: &Container, old: Option<&ContainerStatus>) -> ApiState {
@@ -214,7 +275,7 @@ fn apply_waiting(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &
         return;
     }
     if let Some(ended) = &state.terminated {
-        if !restarts_after(input.pod, container, ended.exit_code) {
+        if !restarts_after(input.pod, container, ended.exit_code, input.gates) {
             return;
         }
         status.last_state = Some(std::mem::take(state));
@@ -223,6 +284,10 @@ fn apply_waiting(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &
 }
 
 fn set_started_and_ready(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &mut ContainerStatus) {
+    // Nobody waits for an ephemeral container, and nobody probes it.
+    if container.kind == ContainerKind::Ephemeral {
+        return;
+    }
     let state = status.state.clone().unwrap_or_default();
     let running = state.running.is_some();
     let id = status.container_id.as_deref().and_then(|id| id.split_once("://")).map(|(_, id)| id);

@@ -19,7 +19,10 @@ use crate::{
     admission::Rejection,
     cri::PodRuntime,
     node::NodeFacts,
-    pod_worker::view::{EndCause, Phase, WaitingReason},
+    pod_worker::{
+        restart::LifecycleGates,
+        view::{EndCause, Phase, WaitingReason},
+    },
     pods::Pod,
     probes::ContainerVerdicts,
     resources::qos_class,
@@ -49,6 +52,7 @@ pub struct StatusInput<'a> {
     pub node: &'a NodeFacts,
     /// The scheme of container IDs: `containerd`.
     pub runtime_name: &'a str,
+    pub gates: LifecycleGates,
 }
 
 /// See the module.
@@ -64,13 +68,14 @@ pub fn generate(input: &StatusInput<'_>) -> corev1::PodStatus {
         start_time: input.started.map(crate::time::api_time).or_else(|| input.last.start_time.clone()),
         nominated_node_name: input.last.nominated_node_name.clone(),
         resource_claim_statuses: input.last.resource_claim_statuses.clone(),
-        ephemeral_container_statuses: input.last.ephemeral_container_statuses.clone(),
         observed_generation: Some(input.pod.generation()).filter(|g| *g > 0),
         ..Default::default()
     };
     status.init_container_statuses = Some(containers::init_statuses(input)).filter(|l| !l.is_empty());
     status.container_statuses = Some(containers::main_statuses(input));
+    status.ephemeral_container_statuses = Some(containers::ephemeral_statuses(input)).filter(|l| !l.is_empty());
     set_phase(input, &mut status);
+    containers::share_messages(input.pod, &mut status);
     status.conditions = Some(conditions::generate(input, &status));
     set_addresses(input, &mut status);
     resources::pod(input, &mut status);

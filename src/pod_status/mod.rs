@@ -15,3 +15,6 @@ pub use patch::patch_for;
 pub use ports::StatusPublisher;
 pub use publisher::ApiPublisher;
 pub use resources::ResourceView;
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 
 use super::generate::StatusInput;
 use crate::{
-    pod_worker::{restart::restarts_after, start_order},
+    pod_worker::{restart::restarts_after, restart_all, start_order},
     pods::{ContainerKind, ContainerRef},
 };
 
@@ -53,6 +53,13 @@ fn exit_code(status: &ContainerStatus) -> Option<i32> {
     state.or(last).map(|t| t.exit_code)
 }
 
+/// By its rules and policies, or because the whole pod is being restarted.
+fn restarts(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &ContainerStatus, code: i32) -> bool {
+    let states = [status.state.as_ref(), status.last_state.as_ref()];
+    let reason = states.into_iter().flatten().find_map(|s| s.terminated.as_ref()).and_then(|t| t.reason.as_deref());
+    reason == Some(restart_all::REASON) || restarts_after(input.pod, container, code, input.gates)
+}
+
 fn running(status: &ContainerStatus) -> bool {
     status.state.as_ref().is_some_and(|s| s.running.is_some())
 }
@@ -66,8 +73,8 @@ impl Count {
         let code = status.filter(|s| !running(s)).and_then(exit_code);
         match (status, code) {
             (Some(_), Some(0)) if status.is_some_and(ended) => {}
-            (Some(_), Some(code)) if code != 0 => {
-                self.failed_init_for_good |= !restarts_after(input.pod, container, code);
+            (Some(status), Some(code)) if code != 0 => {
+                self.failed_init_for_good |= !restarts(input, container, status, code);
             }
             (Some(_), Some(_)) => {}
             _ => self.pending_init += 1,
@@ -103,7 +110,7 @@ impl Count {
             return;
         };
         self.stopped += 1;
-        self.stopped_for_good += u32::from(!restarts_after(input.pod, container, code));
+        self.stopped_for_good += u32::from(!restarts(input, container, status, code));
         self.succeeded += u32::from(ended(status) && code == 0);
     }
 

@@ -86,6 +86,7 @@ impl Case {
             termination_messages: &HashMap::new(),
             node: &node,
             runtime_name: "containerd",
+            gates: crate::pod_worker::restart::LifecycleGates::default(),
         })
     }
 

@@ -44,6 +44,10 @@ pub enum Action {
         updates: Vec<ContainerUpdate>,
         pod: Option<PodSize>,
     },
+    /// Remove these one after the other, killing first what is alive; their logs stay (contract P-36).
+    ResetContainers {
+        containers: Vec<ContainerToReset>,
+    },
     /// Kill everything of the pod: preStop hooks, ordered SIGTERM, SIGKILL at the deadline, then the sandboxes.
     StopPod {
         containers: Vec<ContainerToStop>,
@@ -70,7 +74,7 @@ impl Action {
             Self::ReadRuntime => Target::Read,
             Self::CreateCgroup => Target::Cgroup,
             Self::MountVolumes | Self::RefreshVolumes => Target::Volumes,
-            Self::CreateSandbox { .. } | Self::StopSandbox { .. } => Target::Sandbox,
+            Self::CreateSandbox { .. } | Self::StopSandbox { .. } | Self::ResetContainers { .. } => Target::Sandbox,
             Self::StartContainer { name, .. } => Target::Container(name.clone()),
             Self::KillContainer { container, .. } => Target::Container(container.name.clone()),
             Self::Resize { .. } => Target::Resize,
@@ -90,6 +94,7 @@ impl Action {
             Self::StartContainer { .. } => "start_container",
             Self::KillContainer { .. } => "kill_container",
             Self::Resize { .. } => "resize",
+            Self::ResetContainers { .. } => "reset_containers",
             Self::StopPod { .. } => "stop_pod",
             Self::Prune { .. } => "prune",
             Self::TearDown => "tear_down",
@@ -109,6 +114,15 @@ pub struct ContainerToStop {
     pub hook: bool,
     /// Sidecars stop after the mains, in reverse order: 0 for mains and init containers, 1, 2, … for sidecars from last to first.
     pub rank: u32,
+}
+
+/// A container that is removed so that its pod can begin anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerToReset {
+    pub id: String,
+    pub name: String,
+    /// Not ended yet, as far as is known: killed first.
+    pub alive: bool,
 }
 
 /// An event that the decision raises, once per `key`.

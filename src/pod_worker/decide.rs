@@ -12,7 +12,9 @@ use tokio::time::Instant;
 use super::{
     actions::{Action, ContainerToStop, Note},
     backoff::BackoffLimits,
-    going_down, resize, start_order,
+    going_down, resize,
+    restart::LifecycleGates,
+    restart_all, start_order,
     view::{EndCause, Ending, KillOrder, Known, Phase, PodView, Target, Volumes, WaitingReason},
 };
 use crate::{
@@ -28,6 +30,7 @@ pub struct Rules {
     pub backoff: BackoffLimits,
     /// The container's hash as it stands in the runtime's annotation (contract P-26).
     pub hash: fn(&corev1::Container) -> String,
+    pub gates: LifecycleGates,
 }
 
 /// The answer to one view.
@@ -43,6 +46,8 @@ pub struct Turn {
     pub wake_at: Option<Instant>,
     /// Ask the apiserver to let the pod go (contract P-10).
     pub delete: bool,
+    /// What waits for an image, the gate or a hook stops waiting: the pod ends or begins anew.
+    pub abandon_starts: bool,
 }
 
 impl Turn {
@@ -55,6 +60,7 @@ impl Turn {
             notes: Vec::new(),
             wake_at: None,
             delete: false,
+            abandon_starts: phase != Phase::Syncing,
         }
     }
     pub(super) fn wake_by(&mut self, at: Instant) {
@@ -208,6 +214,12 @@ fn sync(view: &PodView<'_>, pod: &Pod, rules: &Rules) -> Turn {
             return turn;
         }
     };
+    if restart_all::asked_for(pod, &runtime, &view.history.last_status, rules.gates)
+        && !restart_all::cleaned_up(pod, &runtime)
+    {
+        restart_all::reset(view, pod, &runtime, &mut turn);
+        return turn;
+    }
     match sandbox_state(pod, &runtime) {
         SandboxState::Usable(sandbox) => {
             // Whatever starts must find the pod's cgroup large enough.

@@ -469,3 +469,107 @@ fn calm_down(world: &mut World, seed: u64, policy: &str) {
         }
     }
 }
+
+#[test]
+fn p22_ephemeral_containers_start_beside_all_others_and_once() {
+    let spec = |ephemeral: serde_json::Value| {
+        json!({"restartPolicy": "Always", "initContainers": [{"name": "i", "image": "i"}],
+            "containers": [{"name": "m", "image": "i"}], "ephemeralContainers": ephemeral})
+    };
+    let mut world = World::new(pod(spec(json!([]))));
+    world.settle();
+    assert_eq!(world.running(), ["i"]);
+    world.log.clear();
+    world.desired = Known::Is(pod(spec(json!([{"name": "e1", "image": "i"}, {"name": "e2", "image": "i"}]))));
+    world.fates.insert("e2".into(), Fate::Fails);
+    world.turn();
+    assert_eq!(starts(&world), ["e1 0", "e2 0"], "while an init container runs, both at once");
+    world.settle();
+    assert_eq!(world.running(), ["e1", "i"]);
+    world.exit("i", 0);
+    world.exit("e1", 1);
+    world.settle();
+    assert_eq!(world.running(), ["m"], "what ended is not run again");
+    world.fates.remove("e2");
+    world.pass(Duration::from_secs(11));
+    world.settle();
+    assert_eq!(world.running(), ["e2", "m"], "what never ran is tried again");
+    world.sandbox_dies();
+    world.pass(Duration::from_secs(60));
+    world.fates.insert("i".into(), Fate::Exits(0));
+    world.settle();
+    assert_eq!(world.running(), ["m"], "nor is it run again in a new sandbox");
+}
+
+#[test]
+fn p22_a_pod_ends_whatever_its_ephemeral_containers_do() {
+    let mut world = World::new(pod(json!({"restartPolicy": "Never", "containers": [{"name": "m", "image": "i"}],
+        "ephemeralContainers": [{"name": "e", "image": "i"}]})));
+    world.settle();
+    assert_eq!(world.running(), ["e", "m"]);
+    world.exit("m", 0);
+    assert_eq!(world.settle().phase, Phase::Terminated);
+    assert!(world.running().is_empty());
+}
+
+/// The same walk as above over pods that restart in place and that are debugged.
+#[test]
+fn p36_any_interleaving_of_a_restart_in_place_ends_with_all_containers_running() {
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [7]}}]);
+    let spec = json!({"restartPolicy": "Always",
+        "initContainers": [{"name": "i", "image": "x"}, {"name": "s", "image": "x", "restartPolicy": "Always"}],
+        "containers": [{"name": "a", "image": "x", "restartPolicy": "Never", "restartPolicyRules": rules},
+            {"name": "b", "image": "x"}],
+        "ephemeralContainers": [{"name": "e", "image": "x"}]});
+    for seed in 0..300u64 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut world = World::new(pod(spec.clone()));
+        world.fates.insert("i".into(), Fate::Exits(0));
+        for _ in 0..90 {
+            world.turn();
+            let targets: Vec<Target> = world.actions.keys().cloned().collect();
+            if let Some(target) = targets.get(random.random_range(0..targets.len().max(1))) {
+                match random.random_range(0..10) {
+                    0..6 => world.end(target),
+                    6 => world.fail(target),
+                    _ => {}
+                }
+            }
+            match random.random_range(0..20) {
+                0 => world.crash(),
+                1 => world.exit("a", 7),
+                2 => world.exit("s", 1),
+                3 => world.exit("e", 1),
+                4..8 => world.pass(Duration::from_secs(random.random_range(0..30))),
+                _ => {}
+            }
+            let debuggers = world.runtime.containers.iter().filter(|c| c.name == "e").count();
+            assert!(debuggers <= 1, "seed {seed}: {:?}", world.log);
+        }
+        for _ in 0..8 {
+            world.settle();
+            world.pass(Duration::from_secs(400));
+        }
+        world.settle();
+        let running: Vec<_> = world.running().into_iter().filter(|name| *name != "e").collect();
+        assert_eq!(running, ["a", "b", "s"], "seed {seed}: {:?}", world.log);
+    }
+}
+
+#[test]
+fn b09_a_probe_kills_under_its_own_grace() {
+    for (liveness, startup, grace) in [
+        (Liveness::Dead { grace_seconds: Some(7) }, Startup::Started, 7),
+        (Liveness::Dead { grace_seconds: None }, Startup::Started, 30),
+        (Liveness::Alive, Startup::Failed { grace_seconds: Some(0) }, 0),
+    ] {
+        let mut world = simple("Always");
+        world.settle();
+        world.verdict("a", liveness, startup);
+        let turn = world.turn();
+        let [Action::KillContainer { container, restart: true, .. }] = turn.actions.as_slice() else {
+            panic!("{:?}", turn.actions)
+        };
+        assert_eq!((container.name.as_str(), container.grace.as_secs()), ("a", grace));
+    }
+}

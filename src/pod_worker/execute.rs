@@ -13,7 +13,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    actions::{Action, Ended, Outcome},
+    actions::{Action, ContainerToReset, ContainerToStop, Ended, Outcome},
     registry::{Slot, WorkerParts},
     resize_action, start_container,
     start_gate::Order,
@@ -79,7 +79,7 @@ impl ActionContext {
 
     pub(super) fn order(&self) -> Order {
         let priority = self.pod.as_ref().and_then(|p| p.spec().priority).unwrap_or(0);
-        Order::new(!self.runtime.sandboxes.is_empty(), priority)
+        Order::new(self.runtime.latest_sandbox().map(|s| s.created_at), priority)
     }
 
     /// A critical host-network pod passes the gate by: it may be what sandboxes wait for (a CNI agent).
@@ -141,6 +141,7 @@ async fn perform(context: &ActionContext, action: &Action) -> Outcome {
         Action::StartContainer { name, attempt } => start_container::start(context, name, *attempt).await,
         Action::KillContainer { container, message, .. } => stop::kill_container(context, container, message).await,
         Action::Resize { updates, pod } => resize_action::resize(context, updates, pod.is_some()).await,
+        Action::ResetContainers { containers } => reset_containers(context, containers).await,
         Action::StopPod { containers, sandboxes, deadline } => {
             stop::stop_pod(context, containers, sandboxes, *deadline).await
         }
@@ -214,8 +215,25 @@ async fn refresh_volumes(context: &ActionContext) -> Outcome {
     }
 }
 
+/// Whose users the pod has. Its IDs are on the disk before the runtime hears of them (contract P-58).
+pub(super) async fn user_namespace(context: &ActionContext, pod: &Pod) -> Result<v1::UserNamespace, String> {
+    // Nobody's class is looked up for the users that all pods share.
+    let handler = match pod.spec().host_users {
+        Some(false) => context.parts.objects.runtime_handler(pod).await.map_err(|e| e.to_string())?,
+        _ => String::new(),
+    };
+    let (all, pod, node) = (Arc::clone(&context.parts.user_namespaces), pod.clone(), Arc::clone(&context.node));
+    let found = tokio::task::spawn_blocking(move || all.of(&pod, &handler, &node)).await;
+    found.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+}
+
 /// The sandbox's config: for RunPodSandbox, and again for every CreateContainer and PullImage in it.
-pub(super) fn sandbox_config(context: &ActionContext, pod: &Pod, attempt: u32) -> Result<v1::PodSandboxConfig, String> {
+pub(super) fn sandbox_config(
+    context: &ActionContext,
+    pod: &Pod,
+    attempt: u32,
+    users: &v1::UserNamespace,
+) -> Result<v1::PodSandboxConfig, String> {
     let settings = &context.parts.settings;
     let names = network::pod_hostname(pod, &settings.dns.cluster_domain).map_err(|e| e.to_string())?;
     let dns = settings.dns.pod_dns(pod, &context.node.ips).map_err(|e| e.to_string())?;
@@ -236,6 +254,7 @@ pub(super) fn sandbox_config(context: &ActionContext, pod: &Pod, attempt: u32) -
         dns: &dns.config,
         hostname: &names.kernel,
         cgroup_parent: &cgroup_parent,
+        user_namespace: Some(users),
         pod_logs_dir: &settings.pod_logs_dir,
         root_dir: &settings.root_dir,
     })
@@ -248,7 +267,11 @@ async fn create_sandbox(context: &ActionContext, attempt: u32) -> Outcome {
         context.event(EventType::Warning, "FailedCreatePodSandBox", format!("Failed to create pod sandbox: {message}"));
         Outcome::Failed
     };
-    let config = match sandbox_config(context, pod, attempt) {
+    let users = match user_namespace(context, pod).await {
+        Ok(users) => users,
+        Err(message) => return failed(message),
+    };
+    let config = match sandbox_config(context, pod, attempt, &users) {
         Ok(config) => config,
         Err(message) => return failed(message),
     };
@@ -288,9 +311,35 @@ async fn prune(context: &ActionContext, dead: &[String], sandboxes: &[String]) -
     Outcome::Done
 }
 
-async fn remove_container(context: &ActionContext, id: &str) -> Result<(), CriError> {
+/// One after the other, without grace and without preStop hooks; logs stay until the pod goes (contract P-36).
+async fn reset_containers(context: &ActionContext, containers: &[ContainerToReset]) -> Outcome {
+    for reset in containers {
+        if context.cancel.is_cancelled() {
+            return Outcome::Abandoned;
+        }
+        if reset.alive {
+            let (id, name) = (reset.id.clone(), reset.name.clone());
+            let container = ContainerToStop { id, name, grace: Duration::ZERO, hook: true, rank: 0 };
+            if let outcome @ Outcome::Failed = stop::kill_container(context, &container, "killing").await {
+                return outcome;
+            }
+        }
+        if let Err(error) = forget_container(context, &reset.id).await {
+            tracing::warn!(pod.uid = %context.uid, container = reset.id, %error, "Removing a container to begin anew failed");
+            return Outcome::Failed;
+        }
+    }
+    Outcome::Done
+}
+
+/// Removes a container from the runtime, and nothing else.
+async fn forget_container(context: &ActionContext, id: &str) -> Result<(), CriError> {
     let (runtime, owned) = (Arc::clone(&context.parts.runtime), id.to_owned());
-    context.mutate(async move { runtime.remove_container(&owned).await }).await?;
+    context.mutate(async move { runtime.remove_container(&owned).await }).await
+}
+
+async fn remove_container(context: &ActionContext, id: &str) -> Result<(), CriError> {
+    forget_container(context, id).await?;
     if let Some(container) = context.runtime.containers.iter().find(|c| c.id == id) {
         remove_logs(context, container).await;
     }
@@ -316,6 +365,8 @@ async fn remove_logs(context: &ActionContext, container: &Container) {
 }
 
 async fn tear_down(context: &ActionContext) -> Outcome {
+    let (users, uid) = (Arc::clone(&context.parts.user_namespaces), context.uid.clone());
+    let _ = tokio::task::spawn_blocking(move || users.release(&uid)).await;
     if let Err(error) = context.parts.volumes.unmount(&context.uid).await {
         tracing::warn!(pod.uid = %context.uid, %error, "Unmounting volumes failed");
         return Outcome::Failed;

@@ -51,6 +51,7 @@ fn stop(view: &PodView<'_>, deadline: Instant, turn: &mut Turn) {
     };
     // Starts are given up by the shell and end soon; what they made must be seen before anything is called stopped.
     if view.in_flight.iter().any(|(target, action)| match target {
+        // A reset of all containers included.
         Target::Sandbox => true,
         Target::Container(_) => matches!(action, Action::StartContainer { .. }),
         _ => false,

@@ -1,17 +1,27 @@
 //! Lifecycle hooks: postStart and preStop, by exec, httpGet or sleep (contract P-28, P-29, P-30).
 //!
-//! A hook has no timeout of its own: whoever awaits it drops the future when the grace is over. The texts of [`HookError`] may
+//! A hook has no timeout of its own: whoever awaits it stops waiting when the grace is over; a sleep then ends and is counted. The texts of [`HookError`] may
 //! hold a command's output and must not go into events: those say `PostStartHook failed` and `PreStopHook failed` only.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use k8s_openapi::api::core::v1 as corev1;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     cri::RuntimeService,
     events::{EventSink, EventType, Regarding},
     pods::Pod,
     probes::http::{GetError, Purpose, Request, get},
+    telemetry::WorkerMetrics,
 };
 
 /// What a hook needs beside its handler.
@@ -24,6 +34,7 @@ pub struct HookContext {
     pub pod_ip: Option<IpAddr>,
     pub runtime: Arc<dyn RuntimeService>,
     pub events: Arc<dyn EventSink>,
+    pub metrics: Arc<WorkerMetrics>,
 }
 
 /// Why a hook failed, worded as upstream words the message of reason `PostStartHookError`.
@@ -41,6 +52,30 @@ pub enum HookError {
     Invalid { kind: &'static str },
 }
 
+/// Begins a hook. Dropping the handle only ends a sleep: any other hook is never cancelled, only no longer awaited.
+pub fn spawn(handler: corev1::LifecycleHandler, ctx: HookContext) -> RunningHook {
+    let sleeps = handler.sleep.is_some();
+    let task = tokio::spawn(async move { run_hook(&handler, ctx).await });
+    if sleeps { RunningHook::Sleep(AbortOnDropHandle::new(task)) } else { RunningHook::Act(task) }
+}
+
+/// A hook that was begun.
+pub enum RunningHook {
+    Act(JoinHandle<Result<(), HookError>>),
+    Sleep(AbortOnDropHandle<Result<(), HookError>>),
+}
+
+impl Future for RunningHook {
+    type Output = Result<Result<(), HookError>, JoinError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Act(task) => Pin::new(task).poll(cx),
+            Self::Sleep(task) => Pin::new(task).poll(cx),
+        }
+    }
+}
+
 /// Runs one hook to its end.
 pub async fn run_hook(handler: &corev1::LifecycleHandler, ctx: HookContext) -> Result<(), HookError> {
     if let Some(action) = &handler.exec {
@@ -53,12 +88,28 @@ pub async fn run_hook(handler: &corev1::LifecycleHandler, ctx: HookContext) -> R
             error,
         })
     } else if let Some(action) = &handler.sleep {
+        let mut sleep = Sleep { metrics: &ctx.metrics, slept: false };
         tokio::time::sleep(Duration::from_secs(action.seconds.max(0) as u64)).await;
+        sleep.slept = true;
         Ok(())
     } else if handler.tcp_socket.is_some() {
         Err(HookError::Invalid { kind: "tcpSocket" })
     } else {
         Err(HookError::Invalid { kind: "none of exec, httpGet, sleep" })
+    }
+}
+
+/// Counts a sleep that was dropped before its end (contract P-30).
+struct Sleep<'a> {
+    metrics: &'a WorkerMetrics,
+    slept: bool,
+}
+
+impl Drop for Sleep<'_> {
+    fn drop(&mut self) {
+        if !self.slept {
+            self.metrics.sleep_cut_short();
+        }
     }
 }
 
@@ -85,6 +136,7 @@ async fn run_http(action: &corev1::HTTPGetAction, ctx: &HookContext) -> Result<(
         Ok(_) | Err(GetError::Body { .. }) => Ok(()),
         Err(first @ GetError::PlainHttp { .. }) => match get(request.downgraded(), None).await {
             Ok(_) | Err(GetError::Body { .. }) => {
+                ctx.metrics.hook_fell_back();
                 let message =
                     format!("request to HTTPS lifecycle hook {asked} got HTTP response, retry with HTTP succeeded");
                 let regarding = Regarding::Pod(ctx.pod.clone());
@@ -145,6 +197,7 @@ mod tests {
             pod_ip: Some(Ipv4Addr::LOCALHOST.into()),
             runtime: Arc::new(fake.clone()),
             events: events.clone(),
+            metrics: Arc::new(WorkerMetrics::new(&prometheus::Registry::new()).unwrap()),
         };
         (context, fake, events)
     }
@@ -211,7 +264,9 @@ mod tests {
 
     #[tokio::test]
     async fn p29_https_hook_falls_back_to_http_without_credentials() {
-        let (ctx, _, events) = context().await;
+        let (mut ctx, _, events) = context().await;
+        let registry = prometheus::Registry::new();
+        ctx.metrics = Arc::new(WorkerMetrics::new(&registry).unwrap());
         let (port, mut heads) = server("200 OK").await;
         assert_eq!(run_hook(&http(port, "HTTPS"), ctx).await, Ok(()));
         heads.recv().await.unwrap(); // a ClientHello
@@ -220,6 +275,27 @@ mod tests {
         let message =
             format!("request to HTTPS lifecycle hook 127.0.0.1:{port} got HTTP response, retry with HTTP succeeded");
         assert!(events.has("LifecycleHTTPFallback", &message));
+        assert_eq!(counter(&registry, "kubelet_lifecycle_handler_http_fallbacks_total"), 1);
+    }
+
+    fn counter(registry: &prometheus::Registry, name: &str) -> u64 {
+        let families = registry.gather();
+        let family = families.iter().find(|f| f.name() == name).unwrap();
+        family.get_metric()[0].get_counter().get_value() as u64
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p30_a_sleep_that_is_cut_short_is_counted() {
+        let (mut ctx, ..) = context().await;
+        let registry = prometheus::Registry::new();
+        ctx.metrics = Arc::new(WorkerMetrics::new(&registry).unwrap());
+        let sleep =
+            |seconds| corev1::LifecycleHandler { sleep: Some(corev1::SleepAction { seconds }), ..Default::default() };
+        let bound = Duration::from_secs(3);
+        assert!(tokio::time::timeout(bound, run_hook(&sleep(2), ctx.clone())).await.is_ok());
+        assert_eq!(counter(&registry, "kubelet_sleep_action_terminated_early_total"), 0);
+        assert!(tokio::time::timeout(bound, run_hook(&sleep(5), ctx)).await.is_err());
+        assert_eq!(counter(&registry, "kubelet_sleep_action_terminated_early_total"), 1);
     }
 
     #[tokio::test(start_paused = true)]

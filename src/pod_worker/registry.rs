@@ -35,6 +35,7 @@ use crate::{
     resources::{PodCgroups, PodLedger},
     telemetry::WorkerMetrics,
     time::Clock,
+    user_namespaces::UserNamespaces,
     volumes::PodVolumes,
     wake::{Cause, WakeSink},
 };
@@ -75,6 +76,7 @@ pub struct WorkerParts {
     pub events: Arc<dyn EventSink>,
     pub cgroups: Arc<dyn PodCgroups>,
     pub ledger: PodLedger,
+    pub user_namespaces: Arc<UserNamespaces>,
     pub node: watch::Receiver<Arc<NodeFacts>>,
     pub gate: StartGate,
     pub metrics: Arc<WorkerMetrics>,

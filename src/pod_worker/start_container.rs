@@ -8,17 +8,17 @@ use tokio::time::Instant;
 
 use super::{
     actions::{Outcome, Progress},
-    execute::{ActionContext, sandbox_config},
+    execute::{ActionContext, sandbox_config, user_namespace},
     hooks::{self, HookContext},
     view::WaitingReason,
 };
 use crate::{
-    containers::{self, ContainerInputs, as_map, termination_log},
+    containers::{self, ContainerInputs, ContainerPolicy, as_map, termination_log},
     cri::{ContainerState, Sandbox, v1},
     events::EventType,
     images::{ImageError, PresentImage},
     logs, network,
-    pods::{ContainerRef, Pod},
+    pods::{ContainerKind, ContainerRef, Pod},
     resources::ContainerSize,
     volumes::MountedVolumes,
 };
@@ -35,12 +35,29 @@ pub(super) async fn start(context: &ActionContext, name: &str, attempt: u32) -> 
     let (Some(container), Some(sandbox)) = (pod.container(name), context.runtime.latest_sandbox()) else {
         return Outcome::Abandoned;
     };
+    let attempt = attempt.max(runs_logged(context, &pod, name).await);
     let start = Start { context, pod: &pod, container, sandbox, attempt };
     match start.run().await {
         Ok(()) => Outcome::Done,
         Err(Stop::Abandoned) => Outcome::Abandoned,
         Err(Stop::NotYet) => Outcome::Failed,
         Err(Stop::Failed { waiting, retry_at }) => Outcome::StartFailed { waiting, retry_at },
+    }
+}
+
+/// A container that the runtime knows nothing of may have run before: its logs tell, and must not be written over (contract P-23).
+async fn runs_logged(context: &ActionContext, pod: &Pod, name: &str) -> u32 {
+    if context.runtime.latest(name).is_some() {
+        return 0;
+    }
+    let dir = containers::container_log_directory(&context.parts.settings.pod_logs_dir, pod, name);
+    match tokio::task::spawn_blocking(move || logs::runs_logged(&dir)).await {
+        Ok(Ok(runs)) => runs,
+        Ok(Err(error)) => {
+            tracing::warn!(pod.uid = %pod.uid(), container = name, %error, "Reading the container's log directory failed");
+            0
+        }
+        Err(_) => 0,
     }
 }
 
@@ -72,11 +89,12 @@ struct Start<'a> {
 
 impl Start<'_> {
     async fn run(&self) -> Result<(), Stop> {
-        let sandbox_config = sandbox_config(self.context, self.pod, self.sandbox.attempt)
-            .map_err(|message| self.config_failed("CreateContainerConfigError", message))?;
+        let refused = |message| self.config_failed("CreateContainerConfigError", message);
+        let users = user_namespace(self.context, self.pod).await.map_err(refused)?;
+        let sandbox_config = sandbox_config(self.context, self.pod, self.sandbox.attempt, &users).map_err(refused)?;
         let mounted = self.timed("image_volumes", self.image_volumes(&sandbox_config)).await?;
         let image = self.timed("image", self.image(&sandbox_config)).await?;
-        let config = self.config(&image, &mounted).await?;
+        let config = self.config(&image, &mounted, &users).await?;
         self.remove_never_started().await?;
         self.record_resources().await?;
         let id = self.timed("create", self.create(config, sandbox_config)).await?;
@@ -146,7 +164,12 @@ impl Start<'_> {
         Stop::Failed { waiting: waiting(error.reason, error.message), retry_at }
     }
 
-    async fn config(&self, image: &PresentImage, mounted: &MountedVolumes) -> Result<v1::ContainerConfig, Stop> {
+    async fn config(
+        &self,
+        image: &PresentImage,
+        mounted: &MountedVolumes,
+        users: &v1::UserNamespace,
+    ) -> Result<v1::ContainerConfig, Stop> {
         let parts = &self.context.parts;
         let settings = &parts.settings;
         let pod_ips = self.pod_ips();
@@ -188,10 +211,27 @@ impl Start<'_> {
             pod_ips: &pod_ips,
             node: &self.context.node,
             root_dir: &settings.root_dir,
+            user_namespace: Some(users),
             cpu_cfs_quota: settings.cpu_cfs_quota,
             cpu_cfs_period_micros: settings.cpu_cfs_period.as_micros() as i64,
         };
-        containers::container_config_with(&inputs, &settings.container_policy).map_err(fail)
+        let policy = ContainerPolicy { target_container_id: self.target()?, ..settings.container_policy.clone() };
+        containers::container_config_with(&inputs, &policy).map_err(fail)
+    }
+
+    /// The container whose processes an ephemeral container sees (contract P-22).
+    fn target(&self) -> Result<Option<String>, Stop> {
+        let ephemeral = self.container.kind == ContainerKind::Ephemeral;
+        let Some(target) = self.pod.ephemeral_target(self.container.name()).filter(|_| ephemeral) else {
+            return Ok(None);
+        };
+        match self.context.runtime.latest(target) {
+            Some(container) => Ok(Some(container.id.clone())),
+            None => {
+                let message = format!("unable to find target container {target}");
+                Err(self.config_failed("CreateContainerConfigError", message))
+            }
+        }
     }
 
     /// A container of this name that an earlier agent created and never started holds this attempt's name at the runtime.
@@ -289,9 +329,9 @@ impl Start<'_> {
             pod_ip: pod_ip(self.context),
             runtime: Arc::clone(&self.context.parts.runtime),
             events: Arc::clone(&self.context.parts.events),
+            metrics: Arc::clone(&self.context.parts.metrics),
         };
-        // Hooks are never cancelled, only no longer awaited.
-        let hook = tokio::spawn(async move { hooks::run_hook(&handler, hook_context).await });
+        let hook = hooks::spawn(handler, hook_context);
         let result = tokio::select! {
             biased;
             () = self.context.cancel.cancelled() => return Err(Stop::Abandoned),

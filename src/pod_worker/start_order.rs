@@ -2,6 +2,7 @@
 //!
 //! Init containers one by one; sidecars as soon as their predecessors are through, the next once they have started; mains in spec
 //! order, each after the one before has started or failed. A container in back-off holds nobody up but, for init containers, its successors.
+//! Ephemeral containers start whenever there is a sandbox, beside all others (contract P-22).
 
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use tokio::time::Instant;
 use super::{
     actions::{Action, ContainerToStop, Note},
     decide::{Rules, SandboxState, Turn, is_started, sandbox_state},
-    restart::{go_seconds, restarts_after, restarts_after_kill},
+    restart::{LifecycleGates, go_seconds, restarts_after, restarts_after_kill},
+    restart_all,
     view::{PodView, Target, WaitingReason},
 };
 use crate::{
@@ -44,7 +46,7 @@ pub(super) fn finished(pod: &Pod, runtime: &PodRuntime, view: &PodView<'_>, rule
     let over = |c: ContainerRef<'_>| {
         runtime.latest(c.name()).is_some_and(|latest| {
             latest.state == ContainerState::Exited
-                && !restarts_after(pod, c, latest.exit_code)
+                && !restarts_after(pod, c, latest.exit_code, rules.gates)
                 && !restart_forced(view, latest)
                 && !in_flight(view, c.name())
         })
@@ -59,10 +61,12 @@ pub(super) fn finished(pod: &Pod, runtime: &PodRuntime, view: &PodView<'_>, rule
     !initialized(pod, runtime, sandbox) && init_failed(pod, runtime, Some(sandbox), rules)
 }
 
-fn init_failed(pod: &Pod, runtime: &PodRuntime, sandbox: Option<&Sandbox>, _rules: &Rules) -> bool {
+fn init_failed(pod: &Pod, runtime: &PodRuntime, sandbox: Option<&Sandbox>, rules: &Rules) -> bool {
     pod.init_containers().filter(|c| c.kind == ContainerKind::Init).any(|c| {
         latest_in(runtime, c.name(), sandbox).is_some_and(|latest| {
-            latest.state == ContainerState::Exited && latest.exit_code != 0 && !restarts_after(pod, c, latest.exit_code)
+            latest.state == ContainerState::Exited
+                && latest.exit_code != 0
+                && !restarts_after(pod, c, latest.exit_code, rules.gates)
         })
     })
 }
@@ -108,31 +112,43 @@ pub(super) fn containers(
         }
         let need = match container.kind {
             ContainerKind::Init if initialized => Need::Nothing,
-            ContainerKind::Init => init_need(view, pod, runtime, sandbox, container),
+            ContainerKind::Init => init_need(view, pod, runtime, sandbox, container, rules.gates),
             _ => need(view, pod, latest_in(runtime, container.name(), Some(sandbox)), container, rules),
         };
         blocked = !initialized && !init_passed(view, pod, runtime, sandbox, container);
-        act(view, pod, container, need, &mut candidates, turn);
+        act(view, pod, container, need, rules, &mut candidates, turn);
     }
     if !blocked {
         for container in pod.main_containers() {
             let need = need(view, pod, runtime.latest(container.name()), container, rules);
-            act(view, pod, container, need, &mut candidates, turn);
+            act(view, pod, container, need, rules, &mut candidates, turn);
         }
     }
-    let starting = view.in_flight.values().any(|a| matches!(a, Action::StartContainer { .. }));
+    let ordered = |action: &Action| match action {
+        Action::StartContainer { name, .. } => pod.container(name).is_none_or(|c| c.kind != ContainerKind::Ephemeral),
+        _ => false,
+    };
+    let mut starting = view.in_flight.values().any(ordered);
     for (container, after) in candidates {
-        let may = may_start(view, pod, container, after, rules, turn);
-        if may && prepared && !starting && !turn.actions.iter().any(|a| matches!(a, Action::StartContainer { .. })) {
-            let attempt = runtime.latest(container.name()).map_or(0, next_attempt);
-            let known = api_restart_count(pod, container.name()).filter(|_| attempt == 0);
-            turn.actions.push(Action::StartContainer {
-                name: container.name().to_owned(),
-                attempt: known.map_or(attempt, |k| k + 1),
-            });
+        if may_start(view, pod, container, after, rules, turn) && prepared && !starting {
+            turn.actions.push(start(view, pod, runtime, container));
+            starting = true;
+        }
+    }
+    for container in pod.ephemeral_containers() {
+        // Whatever became of it: it is started once.
+        let begun = runtime.latest(container.name()).is_some() || in_flight(view, container.name());
+        if !begun && may_start(view, pod, container, None, rules, turn) && prepared {
+            turn.actions.push(start(view, pod, runtime, container));
         }
     }
     waiting_reasons(view, pod, turn);
+}
+
+fn start(view: &PodView<'_>, pod: &Pod, runtime: &PodRuntime, container: ContainerRef<'_>) -> Action {
+    let name = container.name();
+    let attempt = runtime.latest(name).map_or_else(|| attempt_after_loss(view, pod, name), next_attempt);
+    Action::StartContainer { name: name.to_owned(), attempt }
 }
 
 /// One more than the last, but what never ran is replaced under its own number: it was no start, so the next is no restart.
@@ -149,11 +165,21 @@ pub fn restart_count(container: &Container) -> u32 {
         .unwrap_or(container.attempt)
 }
 
-/// What the API says of a container that the runtime has lost: the count must never go down.
-fn api_restart_count(pod: &Pod, name: &str) -> Option<u32> {
-    let status = pod.api_status();
-    let all = status.container_statuses.iter().chain(&status.init_container_statuses).flatten();
-    all.filter(|s| s.name == name && s.container_id.is_some()).map(|s| s.restart_count.max(0) as u32).next()
+/// The attempt of a container that the runtime does not know: one more than the status says of it, for the count must never go down.
+/// A status that says it was lost or removed has counted already.
+fn attempt_after_loss(view: &PodView<'_>, pod: &Pod, name: &str) -> u32 {
+    let of = |status: &k8s_openapi::api::core::v1::PodStatus| {
+        let all = status.container_statuses.iter().chain(&status.init_container_statuses).flatten();
+        all.filter(|s| s.name == name).map(|s| (s.restart_count.max(0) as u32, counts_again(s))).next()
+    };
+    let known = of(&view.history.last_status).into_iter().chain(of(pod.api_status()));
+    known.map(|(count, again)| count + u32::from(again)).max().unwrap_or(0)
+}
+
+/// The status speaks of a container, not of its loss.
+fn counts_again(status: &k8s_openapi::api::core::v1::ContainerStatus) -> bool {
+    let waiting = status.state.as_ref().and_then(|s| s.waiting.as_ref());
+    status.container_id.is_some() && waiting.is_none_or(|w| w.reason.as_deref() != Some(restart_all::REASON))
 }
 
 /// The next container in the list may go ahead: this init container is done, or this sidecar has started.
@@ -187,6 +213,7 @@ fn init_need<'a>(
     runtime: &'a PodRuntime,
     sandbox: &Sandbox,
     container: ContainerRef<'_>,
+    gates: LifecycleGates,
 ) -> Need<'a> {
     let Some(latest) = latest_in(runtime, container.name(), Some(sandbox)) else {
         if later_init_exists(pod, runtime, sandbox, container.name()) {
@@ -197,7 +224,7 @@ fn init_need<'a>(
     match latest.state {
         ContainerState::Running => Need::Nothing,
         ContainerState::Created if in_flight(view, container.name()) => Need::Nothing,
-        ContainerState::Exited if !restarts_after(pod, container, latest.exit_code) => Need::Nothing,
+        ContainerState::Exited if !restarts_after(pod, container, latest.exit_code, gates) => Need::Nothing,
         _ => Need::Start { after: Some(latest) },
     }
 }
@@ -215,7 +242,7 @@ fn need<'a>(
         ContainerState::Running => kill_need(view, pod, latest, container, rules),
         ContainerState::Created if in_flight(view, container.name()) => Need::Nothing,
         ContainerState::Exited
-            if !restarts_after(pod, container, latest.exit_code) && !restart_forced(view, latest) =>
+            if !restarts_after(pod, container, latest.exit_code, rules.gates) && !restart_forced(view, latest) =>
         {
             Need::Nothing
         }
@@ -258,6 +285,7 @@ fn act<'a, 'p>(
     pod: &Pod,
     container: ContainerRef<'p>,
     need: Need<'a>,
+    rules: &Rules,
     candidates: &mut Vec<(ContainerRef<'p>, Option<&'a Container>)>,
     turn: &mut Turn,
 ) {
@@ -269,7 +297,8 @@ fn act<'a, 'p>(
         Need::Start { after } => candidates.push((container, after)),
         Need::Kill { container: running, message, grace } => {
             let resized = message.ends_with(RESIZE_RESTART);
-            let restart = restarts_after_kill(pod, container) || message.ends_with("definition changed") || resized;
+            let changed = message.ends_with("definition changed");
+            let restart = restarts_after_kill(pod, container, rules.gates) || changed || resized;
             let message = if restart && !resized { format!("{message}, will be restarted") } else { message };
             let grace = grace.map_or_else(|| pod.termination_grace(), |s| Duration::from_secs(s.max(0) as u64));
             let container =
@@ -339,7 +368,7 @@ pub(super) fn finished_at(container: &Container, now: Now) -> Instant {
 
 /// Waiting reasons of starts that failed; a crash-loop reason that was set in this turn stays.
 pub(super) fn waiting_reasons(view: &PodView<'_>, pod: &Pod, turn: &mut Turn) {
-    for container in pod.containers() {
+    for container in pod.all_containers() {
         let failure = view.history.containers.get(container.name()).and_then(|h| h.start_failure.as_ref());
         if let Some(failure) = failure {
             turn.waiting.entry(container.name().to_owned()).or_insert_with(|| failure.waiting.clone());

@@ -148,8 +148,9 @@ async fn pre_stop(context: &ActionContext, container: &ContainerToStop, deadline
         pod_ip: super::start_container::pod_ip(context),
         runtime: Arc::clone(&context.parts.runtime),
         events: Arc::clone(&context.parts.events),
+        metrics: Arc::clone(&context.parts.metrics),
     };
-    let hook = tokio::spawn(async move { hooks::run_hook(&handler, hook_context).await });
+    let hook = hooks::spawn(handler, hook_context);
     match tokio::time::timeout(left, hook).await {
         Ok(Ok(Err(error))) => {
             tracing::warn!(pod.uid = %context.uid, container = container.name, %error, "PreStop hook failed");

@@ -14,7 +14,7 @@ use super::{
     execute::{self, ActionContext},
     registry::{PodWorkers, Slot, WorkerParts},
     resize, start_order,
-    view::{EndCause, History, Known, Phase, PodView, Retry, StartFailure, Target, Volumes},
+    view::{ContainerHistory, EndCause, History, Known, Phase, PodView, Retry, StartFailure, Target, Volumes},
 };
 use crate::{
     admission::Standing,
@@ -206,6 +206,12 @@ impl Worker {
                 history.volumes = Volumes::Mounted;
                 history.refresh_at = refresh_in.map(|after| ended.at + after);
             }
+            (Action::ResetContainers { containers }, Outcome::Done) => {
+                for reset in containers {
+                    let backoff = history.containers.remove(&reset.name).map(|h| h.backoff).unwrap_or_default();
+                    history.containers.insert(reset.name, ContainerHistory { backoff, ..Default::default() });
+                }
+            }
             (Action::StopSandbox { ids, .. }, Outcome::Done) => history.stopped_sandboxes.extend(ids),
             (Action::StopPod { sandboxes, .. }, Outcome::Done) => {
                 history.stopped_sandboxes.extend(sandboxes);
@@ -286,7 +292,9 @@ impl Worker {
             self.history.delete_requested = true;
             self.parts.publisher.delete(pod);
         }
-        self.give_up_starts(turn.phase);
+        if turn.abandon_starts {
+            self.give_up_starts(turn.phase);
+        }
         for action in turn.actions {
             self.begin(action, runtime.clone(), &node, now);
         }
@@ -465,6 +473,7 @@ impl Worker {
             termination_messages: &self.history.termination_messages,
             node,
             runtime_name: &self.parts.settings.runtime_name,
+            gates: self.parts.settings.rules.gates,
         });
         self.report_ready(now, &status);
         self.history.last_status = status.clone();
@@ -499,16 +508,17 @@ impl Worker {
         }
     }
 
-    /// An ending pod starts nothing more: what waits for an image, the gate or a hook stops waiting.
+    /// An ending pod starts nothing more: what waits for an image, the gate or a hook stops waiting. A pod that begins anew in place
+    /// keeps its volumes and its sandbox.
     fn give_up_starts(&mut self, phase: Phase) {
-        if phase == Phase::Syncing {
-            return;
-        }
+        let ending = phase != Phase::Syncing;
         for (target, running) in &self.running {
-            if matches!(
-                self.actions.get(target),
-                Some(Action::StartContainer { .. } | Action::MountVolumes | Action::CreateSandbox { .. })
-            ) {
+            let given_up = match self.actions.get(target) {
+                Some(Action::StartContainer { .. }) => true,
+                Some(Action::MountVolumes | Action::CreateSandbox { .. } | Action::ResetContainers { .. }) => ending,
+                _ => false,
+            };
+            if given_up {
                 running.cancel.cancel();
             }
         }

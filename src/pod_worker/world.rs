@@ -16,6 +16,7 @@ use super::{
     actions::{Action, ContainerToStop},
     backoff::BackoffLimits,
     decide::{Rules, Turn, decide},
+    restart::LifecycleGates,
     start_order::finished_at,
     view::{History, KillOrder, Known, Phase, PodView, Retry, StartFailure, Target, Volumes, WaitingReason},
 };
@@ -33,8 +34,13 @@ pub(super) fn hash(container: &corev1::Container) -> String {
     container.image.clone().unwrap_or_default()
 }
 
-pub(super) const RULES: Rules =
-    Rules { backoff: BackoffLimits { initial: Duration::from_secs(10), cap: Duration::from_secs(300) }, hash };
+const GATES: LifecycleGates = LifecycleGates { restart_rules: true, restart_all: true, stop_signals: false };
+
+pub(super) const RULES: Rules = Rules {
+    backoff: BackoffLimits { initial: Duration::from_secs(10), cap: Duration::from_secs(300) },
+    hash,
+    gates: GATES,
+};
 
 pub(super) fn pod(spec: Value) -> Pod {
     pod_with(spec, json!({}))
@@ -193,6 +199,7 @@ impl World {
                 Action::StopPod { .. }
                     | Action::StopSandbox { .. }
                     | Action::KillContainer { .. }
+                    | Action::ResetContainers { .. }
                     | Action::Prune { .. }
                     | Action::RemoveRuntime { .. }
             );
@@ -234,6 +241,9 @@ impl World {
             Action::CreateCgroup => self.history.cgroup_ready = true,
             Action::MountVolumes | Action::RefreshVolumes => self.history.volumes = Volumes::Mounted,
             Action::CreateSandbox { attempt } => self.make_sandbox(attempt),
+            Action::ResetContainers { containers } => {
+                self.runtime.containers.retain(|c| containers.iter().all(|reset| reset.id != c.id));
+            }
             Action::StopSandbox { ids, containers } => {
                 self.stop(&containers, &ids);
                 self.history.stopped_sandboxes.extend(ids);

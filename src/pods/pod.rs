@@ -39,6 +39,8 @@ struct Inner {
     source: PodSource,
     /// When this agent first saw the pod: annotation `kubernetes.io/config.seen`.
     seen: Timestamp,
+    /// `spec.ephemeralContainers` in the shape of containers.
+    ephemeral: Vec<corev1::Container>,
 }
 
 /// One container of a pod with the list it stands in. Ephemeral containers are shown in the shape of a container.
@@ -70,7 +72,8 @@ impl Pod {
         let mut spec = object.spec?;
         spec.containers.shrink_to_fit();
         let status = object.status.unwrap_or_default();
-        Some(Self(Arc::new(Inner { uid, metadata, spec, status, source, seen })))
+        let ephemeral = spec.ephemeral_containers.iter().flatten().map(as_container).collect();
+        Some(Self(Arc::new(Inner { uid, metadata, spec, status, source, seen, ephemeral })))
     }
 
     /// The same pod with other resources: of each container that `containers` names, and of the pod as a whole.
@@ -94,6 +97,7 @@ impl Pod {
             status: self.0.status.clone(),
             source: self.0.source,
             seen: self.0.seen,
+            ephemeral: self.0.ephemeral.clone(),
         }))
     }
 
@@ -174,12 +178,59 @@ impl Pod {
     pub fn main_containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
         self.0.spec.containers.iter().map(|spec| ContainerRef { kind: ContainerKind::Main, spec })
     }
-    /// Init containers, sidecars and mains: start order.
+    /// Init containers, sidecars and mains: start order. What resources, readiness and the phase are made of.
     pub fn containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
         self.init_containers().chain(self.main_containers())
     }
+    /// Containers that were added to the running pod for debugging, in the order they were added (contract P-22).
+    pub fn ephemeral_containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
+        self.0.ephemeral.iter().map(|spec| ContainerRef { kind: ContainerKind::Ephemeral, spec })
+    }
+    /// Every container of the pod, ephemeral ones last.
+    pub fn all_containers(&self) -> impl Iterator<Item = ContainerRef<'_>> {
+        self.containers().chain(self.ephemeral_containers())
+    }
+    /// Names are unique across all lists of a pod.
     pub fn container(&self, name: &str) -> Option<ContainerRef<'_>> {
-        self.containers().find(|c| c.name() == name)
+        self.all_containers().find(|c| c.name() == name)
+    }
+    /// The container whose process namespace an ephemeral container joins: `targetContainerName`.
+    pub fn ephemeral_target(&self, name: &str) -> Option<&str> {
+        let list = self.0.spec.ephemeral_containers.iter().flatten();
+        let target = list.filter(|c| c.name == name).find_map(|c| c.target_container_name.as_deref());
+        target.filter(|t| !t.is_empty())
+    }
+}
+
+/// The same fields under another type; `targetContainerName` is all that a container has no place for.
+fn as_container(ephemeral: &corev1::EphemeralContainer) -> corev1::Container {
+    let e = ephemeral.clone();
+    corev1::Container {
+        args: e.args,
+        command: e.command,
+        env: e.env,
+        env_from: e.env_from,
+        image: e.image,
+        image_pull_policy: e.image_pull_policy,
+        lifecycle: e.lifecycle,
+        liveness_probe: e.liveness_probe,
+        name: e.name,
+        ports: e.ports,
+        readiness_probe: e.readiness_probe,
+        resize_policy: e.resize_policy,
+        resources: e.resources,
+        restart_policy: e.restart_policy,
+        restart_policy_rules: e.restart_policy_rules,
+        security_context: e.security_context,
+        startup_probe: e.startup_probe,
+        stdin: e.stdin,
+        stdin_once: e.stdin_once,
+        termination_message_path: e.termination_message_path,
+        termination_message_policy: e.termination_message_policy,
+        tty: e.tty,
+        volume_devices: e.volume_devices,
+        volume_mounts: e.volume_mounts,
+        working_dir: e.working_dir,
     }
 }
 

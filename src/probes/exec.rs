@@ -69,7 +69,59 @@ fn expand(word: &str, container: &corev1::Container) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::Arc, time::Duration};
+
     use super::*;
+    use crate::{
+        cri::{
+            fake::{ExecScript, FakeRuntime, Fault, ImageScript},
+            v1,
+        },
+        time::SystemClock,
+    };
+
+    /// A running container `c`; its ID.
+    async fn running(fake: &FakeRuntime) -> String {
+        fake.image("img", ImageScript::Present);
+        let metadata = v1::PodSandboxMetadata { name: "p".into(), uid: "u".into(), namespace: "n".into(), attempt: 0 };
+        let sandbox_config = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
+        let config = v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 0 }),
+            image: Some(v1::ImageSpec { image: "img".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let sandbox = fake.run_pod_sandbox(sandbox_config.clone(), "").await.unwrap();
+        let id = fake.create_container(&sandbox, config, sandbox_config).await.unwrap();
+        fake.start_container(&id).await.unwrap();
+        id
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn b06_exit_codes_timeouts_and_the_output_that_is_shown() {
+        let fake = FakeRuntime::new(Arc::new(SystemClock));
+        let id = running(&fake).await;
+        let action = corev1::ExecAction { command: Some(vec!["sh".into(), "-c".into(), "x".into()]) };
+        let probe = corev1::Probe { timeout_seconds: Some(2), ..Default::default() };
+        let container = corev1::Container::default();
+        let once = async || attempt(&fake, &action, &container, &id, &probe).await;
+        assert_eq!(once().await, Ok(Outcome::Success));
+        let failing = |code: i32, out: &[u8], err: &[u8]| ExecScript {
+            after: Duration::ZERO,
+            exit_code: code,
+            stdout: out.to_vec(),
+            stderr: err.to_vec(),
+        };
+        fake.exec_script("c", failing(3, b"out ", b"err"));
+        assert_eq!(once().await, Ok(Outcome::Failure("out err".into())));
+        fake.exec_script("c", failing(1, &[b'x'; 11 * 1024], b""));
+        let Ok(Outcome::Failure(shown)) = once().await else { panic!() };
+        assert_eq!(shown.len(), 10 * 1024);
+        fake.inject("ExecSync", 1, Fault::Deadline { after: Duration::from_secs(2), done: false });
+        let late = "command timed out: \"sh -c x\" timed out after 2s";
+        assert_eq!(once().await, Ok(Outcome::Failure(late.into())));
+        fake.inject("ExecSync", 1, Fault::error("container not found"));
+        assert_eq!(once().await, Err(ProbeError::unknown("rpc error: code = Unknown desc = container not found")));
+    }
 
     #[test]
     fn b06_literal_variables_are_expanded() {

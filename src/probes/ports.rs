@@ -6,6 +6,15 @@ use jiff::Timestamp;
 
 use crate::pods::{Pod, PodUid};
 
+/// What all probes of the node have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProbeSettings {
+    /// Spreads the first probes of adopted containers.
+    pub seed: u64,
+    /// Try a readiness or startup probe between its regular runs until it first passes.
+    pub eager_first_readiness: bool,
+}
+
 /// A running container that is to be probed. The worker hands in all of a pod's targets at each turn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProbeTarget {

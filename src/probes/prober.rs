@@ -120,6 +120,27 @@ pub(super) async fn run(
     }
 }
 
+/// One try without retries that leaves no trace unless it passes.
+pub(super) async fn run_quietly(
+    prober: &dyn Attempt,
+    events: &dyn EventSink,
+    pod: &Pod,
+    container: ContainerRef<'_>,
+    target: &ProbeTarget,
+    kind: ProbeKind,
+    probe: &corev1::Probe,
+) -> bool {
+    match prober.attempt(container.spec, target, probe).await {
+        Ok(Outcome::Success) => true,
+        Ok(Outcome::Warning(text)) => {
+            let message = format!("{} probe warning: {text}", kind.as_str());
+            events.event(Regarding::container(pod, container), EventType::Warning, "ProbeWarning", message);
+            true
+        }
+        Ok(Outcome::Failure(_)) | Err(_) => false,
+    }
+}
+
 /// A port by number or by the name it has in `container.ports` (contract B-03).
 pub(crate) fn resolve_port(port: &IntOrString, container: &corev1::Container) -> Result<u16, String> {
     let number = match port {

@@ -45,6 +45,33 @@ pub(super) fn next_run(last_start: Instant, probe: &corev1::Probe, asked: bool) 
     last_start + if asked { period.min(ASKED_AGAIN) } else { period }
 }
 
+/// The quiet tries between regular runs: 50, 100, 200 ms … apart, up to the period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Eager {
+    pause: Duration,
+    period: Duration,
+}
+
+impl Eager {
+    const FIRST: Duration = Duration::from_millis(50);
+
+    pub fn new(probe: &corev1::Probe) -> Self {
+        let period = period(probe);
+        Self { pause: Self::FIRST.min(period), period }
+    }
+
+    /// When to try after a run or try that lasted from `start` to `end`; `None` when the `regular` run comes first. The pause is never
+    /// shorter than the last one took, so that a slow container is not kept busy by being asked.
+    pub fn next(&mut self, start: Instant, end: Instant, regular: Instant) -> Option<Instant> {
+        let at = end + self.pause.max(end - start);
+        if at >= regular {
+            return None;
+        }
+        self.pause = (self.pause * 2).min(self.period);
+        Some(at)
+    }
+}
+
 /// A number in 0..1 that is the same for the same container and seed.
 pub(super) fn jitter(seed: u64, container_id: &str, kind: ProbeKind) -> f64 {
     let mut hasher = std::hash::DefaultHasher::new();
@@ -110,6 +137,21 @@ mod tests {
         assert_eq!(next_run(start, &probe(0, 10), false), start + Duration::from_secs(10));
         assert_eq!(next_run(start, &probe(0, 10), true), start + Duration::from_secs(1));
         assert_eq!(next_run(start, &probe(0, 1), true), start + Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn eager_tries_double_their_pause_and_stay_within_the_period() {
+        let start = tokio::time::Instant::now();
+        let (mut eager, mut at, mut tries) = (Eager::new(&probe(0, 2)), start, Vec::new());
+        while let Some(next) = eager.next(at, at, start + Duration::from_secs(2)) {
+            tries.push((next - start).as_millis());
+            at = next;
+        }
+        assert_eq!(tries, [50, 150, 350, 750, 1550]);
+        let mut slow = Eager::new(&probe(0, 10));
+        let ended = start + Duration::from_millis(700);
+        let next = slow.next(start, ended, start + Duration::from_secs(10));
+        assert_eq!(next, Some(ended + Duration::from_millis(700)), "not sooner than the last try took");
     }
 
     #[test]

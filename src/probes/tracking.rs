@@ -9,15 +9,15 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1 as corev1;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    ContainerVerdicts, PodProbes, ProbeKind, ProbeTarget, Readiness, Startup,
+    ContainerVerdicts, PodProbes, ProbeKind, ProbeSettings, ProbeTarget, Readiness, Startup,
     decide::{self, Tally},
     metrics::ProbeMetrics,
     prober::{self, Attempt, OnContainer},
-    schedule,
+    schedule::{self, Eager},
 };
 use crate::{
     cri::RuntimeService,
@@ -37,7 +37,7 @@ struct Shared {
     events: Arc<dyn EventSink>,
     wakes: Arc<dyn WakeSink>,
     clock: Arc<dyn Clock>,
-    seed: u64,
+    settings: ProbeSettings,
     metrics: ProbeMetrics,
     pods: Mutex<HashMap<PodUid, TrackedPod>>,
 }
@@ -58,15 +58,15 @@ struct TrackedContainer {
 }
 
 impl NodeProbes {
-    /// `seed` spreads the first probes of adopted containers. Fails only if the metrics cannot be registered.
+    /// Fails only if the metrics cannot be registered.
     pub fn new(
         runtime: Arc<dyn RuntimeService>,
         events: Arc<dyn EventSink>,
         wakes: Arc<dyn WakeSink>,
         clock: Arc<dyn Clock>,
-        seed: u64,
+        settings: ProbeSettings,
     ) -> Result<Self, prometheus::Error> {
-        Self::with_prober(Box::new(OnContainer { runtime }), events, wakes, clock, seed)
+        Self::with_prober(Box::new(OnContainer { runtime }), events, wakes, clock, settings)
     }
 
     fn with_prober(
@@ -74,11 +74,11 @@ impl NodeProbes {
         events: Arc<dyn EventSink>,
         wakes: Arc<dyn WakeSink>,
         clock: Arc<dyn Clock>,
-        seed: u64,
+        settings: ProbeSettings,
     ) -> Result<Self, prometheus::Error> {
         let metrics = ProbeMetrics::new()?;
         let pods = Mutex::default();
-        Ok(Self { shared: Arc::new(Shared { prober, events, wakes, clock, seed, metrics, pods }) })
+        Ok(Self { shared: Arc::new(Shared { prober, events, wakes, clock, settings, metrics, pods }) })
     }
 
     /// What `/metrics/probes` says, in Prometheus text (contract B-11).
@@ -124,8 +124,9 @@ impl PodProbes for NodeProbes {
 
 impl TrackedContainer {
     fn begin(shared: &Arc<Shared>, pod: &Pod, target: &ProbeTarget) -> Self {
-        // Plain init containers have no probes, whatever their spec says.
-        let container = pod.container(&target.container).filter(|c| c.kind != ContainerKind::Init);
+        // Plain init containers and ephemeral ones have no probes, whatever their spec says.
+        let probed = |c: &ContainerRef<'_>| !matches!(c.kind, ContainerKind::Init | ContainerKind::Ephemeral);
+        let container = pod.container(&target.container).filter(probed);
         let verdicts = decide::initial(container.map(|c| c.spec), target);
         let started = watch::Sender::new(verdicts.startup == Startup::Started);
         let asked = watch::Sender::new(());
@@ -186,34 +187,81 @@ struct ProbeTask {
 
 impl ProbeTask {
     async fn run(self, mut started: watch::Receiver<bool>, mut asked: watch::Receiver<()>) {
-        let jitter = schedule::jitter(self.shared.seed, &self.target.container_id, self.kind);
+        let jitter = schedule::jitter(self.shared.settings.seed, &self.target.container_id, self.kind);
         let wall = self.shared.clock.now().wall;
         tokio::time::sleep(schedule::first_wait(&self.probe, &self.target, wall, jitter)).await;
         if self.kind != ProbeKind::Startup && started.wait_for(|started| *started).await.is_err() {
             return;
         }
         let mut tally = Tally::default();
+        let mut eager = self.eager();
+        let mut quietly = false;
+        // The period counts from the last run that counted.
+        let mut last = self.shared.clock.now().mono;
         loop {
             asked.mark_unchanged();
             let start = self.shared.clock.now().mono;
             let Some((pod, target)) = self.look() else { return };
             let Some(container) = pod.container(&target.container) else { return };
-            if let Some(passed) = self.probe_once(&pod, container, &target).await {
-                let took = self.shared.clock.now().mono - start;
-                self.shared.metrics.observe(&pod, &target.container, self.kind, passed, took);
+            let result = match quietly {
+                true => self.try_once(&pod, container, &target).await,
+                false => self.probe_once(&pod, container, &target).await,
+            };
+            let end = self.shared.clock.now().mono;
+            if !quietly || result.is_some() {
+                last = start;
+            }
+            if let Some(passed) = result {
+                self.shared.metrics.observe(&pod, &target.container, self.kind, passed, end - start);
+                if passed || target.terminating {
+                    eager = None;
+                }
                 if tally.reaches(passed, &self.probe) && self.settle(passed) {
                     return;
                 }
             }
-            let regular = schedule::next_run(start, &self.probe, false);
+            let retry = eager.as_mut().and_then(|e| e.next(start, end, schedule::next_run(last, &self.probe, false)));
+            quietly = self.wait(last, retry, &mut asked).await;
+        }
+    }
+
+    /// Until the next run. `true`: it is a quiet try before the regular one.
+    async fn wait(&self, last: Instant, retry: Option<Instant>, asked: &mut watch::Receiver<()>) -> bool {
+        let mut regular = schedule::next_run(last, &self.probe, false);
+        let soon = schedule::next_run(last, &self.probe, true);
+        loop {
+            let quiet = async {
+                match retry {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(regular) => {}
-                Ok(()) = asked.changed(), if self.kind == ProbeKind::Readiness => {
-                    tokio::time::sleep_until(schedule::next_run(start, &self.probe, true)).await;
-                }
+                () = tokio::time::sleep_until(regular) => return false,
+                () = quiet => return true,
+                Ok(()) = asked.changed(), if self.kind == ProbeKind::Readiness && soon < regular => regular = soon,
             }
         }
+    }
+
+    /// Quiet tries, for a readiness or startup probe that has not passed yet. Never by exec: each would be a process in the container.
+    fn eager(&self) -> Option<Eager> {
+        let target = &self.target;
+        let passed_before = match self.kind {
+            ProbeKind::Liveness => return None,
+            ProbeKind::Readiness => target.adopted && target.was_ready,
+            ProbeKind::Startup => target.adopted && target.was_started,
+        };
+        let wanted = self.shared.settings.eager_first_readiness && !passed_before && self.probe.exec.is_none();
+        wanted.then(|| Eager::new(&self.probe))
+    }
+
+    /// A try that only counts when it passes.
+    async fn try_once(&self, pod: &Pod, container: ContainerRef<'_>, target: &ProbeTarget) -> Option<bool> {
+        let (prober, events) = (&*self.shared.prober, &*self.shared.events);
+        let passed = prober::run_quietly(prober, events, pod, container, target, self.kind, &self.probe).await;
+        passed.then_some(true)
     }
 
     async fn probe_once(&self, pod: &Pod, container: ContainerRef<'_>, target: &ProbeTarget) -> Option<bool> {

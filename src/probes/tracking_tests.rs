@@ -21,6 +21,7 @@ type Scripted = Result<Outcome, ProbeError>;
 struct Script {
     results: HashMap<String, VecDeque<Scripted>>,
     runs: Vec<(String, Instant, String)>,
+    takes: Duration,
 }
 
 #[derive(Clone, Default)]
@@ -29,6 +30,11 @@ struct Scripts(Arc<Mutex<Script>>);
 impl Scripts {
     fn set(&self, name: &str, results: impl IntoIterator<Item = Scripted>) {
         self.0.lock().unwrap().results.insert(name.into(), results.into_iter().collect());
+    }
+    /// Milliseconds since `start` at which that probe ran.
+    fn millis(&self, name: &str, start: Instant) -> Vec<u128> {
+        let script = self.0.lock().unwrap();
+        script.runs.iter().filter(|(n, ..)| n == name).map(|(_, at, _)| (*at - start).as_millis()).collect()
     }
     /// Seconds since `start` at which that probe ran.
     fn runs(&self, name: &str, start: Instant) -> Vec<u64> {
@@ -40,9 +46,19 @@ impl Scripts {
 #[async_trait]
 impl Attempt for Scripts {
     async fn attempt(&self, _: &corev1::Container, target: &ProbeTarget, probe: &corev1::Probe) -> Scripted {
-        let name = probe.exec.as_ref().unwrap().command.as_ref().unwrap()[0].clone();
+        let name = match (&probe.exec, &probe.http_get) {
+            (Some(exec), _) => exec.command.as_ref().unwrap()[0].clone(),
+            (None, get) => get.as_ref().unwrap().path.clone().unwrap(),
+        };
+        let takes = {
+            let mut script = self.0.lock().unwrap();
+            script.runs.push((name.clone(), Instant::now(), target.container_id.clone()));
+            script.takes
+        };
+        if !takes.is_zero() {
+            sleep(takes).await;
+        }
         let mut script = self.0.lock().unwrap();
-        script.runs.push((name.clone(), Instant::now(), target.container_id.clone()));
         let queue = script.results.entry(name).or_default();
         if queue.len() > 1 {
             queue.pop_front().unwrap()
@@ -79,12 +95,15 @@ struct House {
 
 impl House {
     fn new() -> Self {
+        Self::with(ProbeSettings { seed: 1, eager_first_readiness: true })
+    }
+    fn with(settings: ProbeSettings) -> Self {
         let epoch = Timestamp::from_second(1_800_000_000).unwrap();
         let (scripts, wakes, events) =
             (Scripts::default(), Arc::new(Wakes::default()), Arc::new(MemoryEvents::default()));
         let clock = Arc::new(SimulatedClock::starting_at(epoch));
         let probes =
-            NodeProbes::with_prober(Box::new(scripts.clone()), events.clone(), wakes.clone(), clock, 1).unwrap();
+            NodeProbes::with_prober(Box::new(scripts.clone()), events.clone(), wakes.clone(), clock, settings).unwrap();
         Self { probes, scripts, wakes, events, start: Instant::now(), epoch }
     }
     fn verdicts(&self, pod: &Pod) -> ContainerVerdicts {
@@ -113,6 +132,12 @@ fn probe(script: &str, initial_delay: i32, period: i32, failure: i32) -> corev1:
         termination_grace_period_seconds: (script != "ready").then_some(5),
         ..Default::default()
     }
+}
+
+/// The same by httpGet.
+fn http(script: &str, period: i32, failure: i32) -> corev1::Probe {
+    let get = corev1::HTTPGetAction { path: Some(script.into()), ..Default::default() };
+    corev1::Probe { exec: None, http_get: Some(get), ..probe(script, 0, period, failure) }
 }
 
 fn pod(change: impl FnOnce(&mut corev1::Container)) -> Pod {
@@ -321,4 +346,96 @@ async fn container_without_probes_lets_through_and_a_gone_one_has_no_verdict() {
     assert_eq!((verdicts.readiness, verdicts.startup), (Readiness::Ready, Startup::Started));
     house.probes.track(&pod, &[]);
     assert!(house.probes.verdicts(pod.uid()).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn eager_readiness_is_found_soon_and_the_failed_tries_leave_no_trace() {
+    let house = House::new();
+    let pod = pod(|c| c.readiness_probe = Some(http("ready", 10, 2)));
+    house.scripts.set("ready", [failing(), failing(), failing(), failing(), Ok(Outcome::Success)]);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 0.7).await;
+    assert_eq!(house.verdicts(&pod).readiness, Readiness::NotReady);
+    at(&house, 0.8).await;
+    assert_eq!(house.verdicts(&pod).readiness, Readiness::Ready);
+    assert_eq!(house.wakes.count(), 1);
+    assert_eq!(house.events.all().len(), 1, "only the regular run tells");
+    let text = house.probes.metrics_text();
+    let count = |result: &str| {
+        text.lines()
+            .find(|l| l.contains(&format!("result=\"{result}\"")))
+            .and_then(|l| l.rsplit(' ').next().map(str::to_owned))
+    };
+    assert_eq!((count("failed").as_deref(), count("successful").as_deref()), (Some("1"), Some("1")));
+    at(&house, 22.0).await;
+    assert_eq!(
+        house.scripts.millis("ready", house.start),
+        [0, 50, 150, 350, 750, 10_750, 20_750],
+        "from the first pass on only the period counts"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn eager_tries_that_fail_are_no_failures_of_a_startup_probe() {
+    let house = House::new();
+    let pod = pod(|c| c.startup_probe = Some(http("start", 2, 3)));
+    house.scripts.set("start", [failing()]);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 3.9).await;
+    assert_eq!(house.verdicts(&pod).startup, Startup::Pending, "two regular failures so far");
+    at(&house, 4.1).await;
+    assert_eq!(house.verdicts(&pod).startup, Startup::Failed { grace_seconds: Some(5) });
+    let runs = house.scripts.millis("start", house.start);
+    assert_eq!(runs, [0, 50, 150, 350, 750, 1550, 2000, 3600, 4000]);
+    assert_eq!(house.events.all().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn eager_tries_give_no_credit_beyond_the_probes_own_rules() {
+    let house = House::new();
+    let pod = pod(|c| {
+        c.readiness_probe = Some(corev1::Probe { success_threshold: Some(3), ..http("ready", 10, 1) });
+    });
+    house.scripts.set("ready", [failing(), Ok(Outcome::Success)]);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 20.0).await;
+    assert_eq!(house.verdicts(&pod).readiness, Readiness::NotReady);
+    at(&house, 20.1).await;
+    assert_eq!(house.verdicts(&pod).readiness, Readiness::Ready, "three passes, a period apart");
+    assert_eq!(house.scripts.millis("ready", house.start), [0, 50, 10_050, 20_050]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn eager_tries_are_never_by_exec_nor_for_liveness_nor_when_turned_off_nor_for_what_was_ready() {
+    for (name, probe, eager, adopted, runs) in [
+        ("exec", probe("exec", 0, 10, 3), true, false, 2),
+        ("off", http("off", 10, 3), false, false, 2),
+        ("adopted", http("adopted", 10, 3), true, true, 1),
+    ] {
+        let house = House::with(ProbeSettings { seed: 1, eager_first_readiness: eager });
+        let pod = pod(|c| c.readiness_probe = Some(probe));
+        house.scripts.set(name, [failing()]);
+        house.probes.track(&pod, &[ProbeTarget { adopted, was_ready: adopted, ..house.target() }]);
+        at(&house, 10.1).await;
+        assert_eq!(house.scripts.millis(name, house.start).len(), runs, "{name}");
+    }
+    let house = House::new();
+    let pod = pod(|c| c.liveness_probe = Some(http("live", 10, 3)));
+    house.scripts.set("live", [failing()]);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 9.0).await;
+    assert_eq!(house.scripts.millis("live", house.start), [0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn eager_tries_wait_as_long_as_the_last_one_took_and_never_overlap() {
+    let house = House::new();
+    let pod = pod(|c| c.readiness_probe = Some(http("ready", 4, 3)));
+    house.scripts.set("ready", [failing()]);
+    house.scripts.0.lock().unwrap().takes = Duration::from_millis(600);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 3.9).await;
+    assert_eq!(house.scripts.millis("ready", house.start), [0, 1200, 2400, 3600]);
+    at(&house, 4.3).await;
+    assert_eq!(house.scripts.millis("ready", house.start).last(), Some(&4200), "the regular run waits for the try");
 }

@@ -101,8 +101,7 @@ impl Asked {
 }
 
 fn has_container(pod: &Pod, name: &str) -> bool {
-    let ephemeral = pod.spec().ephemeral_containers.iter().flatten().any(|c| c.name == name);
-    ephemeral || pod.container(name).is_some()
+    pod.container(name).is_some()
 }
 
 /// The ID of the container whose log answers the question, or upstream's words for why there is none.

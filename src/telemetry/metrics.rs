@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    DEFAULT_BUCKETS, Error, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
-    TextEncoder, exponential_buckets,
+    DEFAULT_BUCKETS, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts,
+    Registry, TextEncoder, exponential_buckets,
 };
 
 use super::process::ProcessCollector;
@@ -110,6 +110,8 @@ pub struct WorkerMetrics {
     pod_start: Histogram,
     pod_start_sli: Histogram,
     pod_start_total: Histogram,
+    http_fallbacks: IntCounter,
+    sleeps_cut_short: IntCounter,
 }
 
 impl WorkerMetrics {
@@ -168,7 +170,31 @@ impl WorkerMetrics {
                  containers, measured from pod creation timestamp to when all its containers are reported as started \
                  and observed via watch",
             )?,
+            http_fallbacks: register(
+                registry,
+                IntCounter::new(
+                    "kubelet_lifecycle_handler_http_fallbacks_total",
+                    "[ALPHA] The number of times lifecycle handlers successfully fell back to http from https.",
+                ),
+            )?,
+            sleeps_cut_short: register(
+                registry,
+                IntCounter::new(
+                    "kubelet_sleep_action_terminated_early_total",
+                    "[ALPHA] The number of times lifecycle sleep handler got terminated before it finishes",
+                ),
+            )?,
         })
+    }
+
+    /// An https hook was answered over plain HTTP (contract P-29).
+    pub fn hook_fell_back(&self) {
+        self.http_fallbacks.inc();
+    }
+
+    /// The grace period ended before a sleep hook did (contract P-30).
+    pub fn sleep_cut_short(&self) {
+        self.sleeps_cut_short.inc();
     }
 
     /// A worker woke for this cause.

@@ -6,6 +6,7 @@
 mod rig;
 
 mod admission;
+mod containers;
 mod lifecycle;
 mod many_pods;
 mod resize;

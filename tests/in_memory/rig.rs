@@ -29,6 +29,7 @@ use rkubelet::{
     pod_status::StatusPublisher,
     pod_worker::{
         PodWorkers, StartGate, WorkerParts, WorkerSettings, WorkerWakes, backoff::BackoffLimits, decide::Rules,
+        restart::LifecycleGates,
     },
     pods::{ContainerRef, Pod, PodSource, PodStore, PodUid},
     probes::{ContainerVerdicts, Liveness, PodProbes, ProbeTarget, Readiness, Startup},
@@ -39,6 +40,7 @@ use rkubelet::{
     },
     telemetry::WorkerMetrics,
     time::{Clock, SimulatedClock},
+    user_namespaces::{IdRange, UserNamespaces},
     volumes::{MountedVolumes, PodVolumes, VolumeError},
     wake::{Cause, WakeSink},
 };
@@ -424,6 +426,7 @@ impl Rig {
             events: self.events.clone(),
             cgroups: self.cgroups.clone(),
             ledger,
+            user_namespaces: Arc::new(self.user_namespaces()),
             node,
             gate: StartGate::new(2),
             metrics: Arc::new(WorkerMetrics::new(&registry).unwrap()),
@@ -436,12 +439,18 @@ impl Rig {
         Process { workers, store, runtime_store, api, facts, registry, wakes, cancel }
     }
 
+    fn user_namespaces(&self) -> UserNamespaces {
+        let range = IdRange { first: 65536, length: 65536 * 1000 };
+        UserNamespaces::open(&self.root.path().join("kubelet"), 65536, 110, range).unwrap()
+    }
+
     fn settings(&self) -> WorkerSettings {
         let root: PathBuf = self.root.path().to_owned();
         WorkerSettings {
             rules: Rules {
                 backoff: BackoffLimits::default(),
                 hash: |container| format!("{:x}", container_hash(container)),
+                gates: LifecycleGates::default(),
             },
             root_dir: root.join("kubelet"),
             pod_logs_dir: root.join("pods"),

@@ -41,7 +41,7 @@ const FEATURES: [Feature; 9] = [
     },
     Feature {
         name: "RestartAllContainersOnContainerExits",
-        works: false,
+        works: true,
         needed_by_pod: restarts_all_containers,
         needed_by_update: no_update,
     },

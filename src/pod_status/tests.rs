@@ -428,7 +428,7 @@ fn p14_every_generation_is_observed_in_the_status_and_its_conditions_also_while_
     case.pod = pod(json!({"generation": 501, "deletionTimestamp": "2026-01-01T00:00:00Z"}), one(), json!({}));
     (case.phase, case.end) = (Phase::Terminating, Some(EndCause::Deleted));
     conditions_at(&case.step(), 501);
-    (case.phase, case.end) = (Phase::Terminated, Some(EndCause::Rejected));
+    (case.phase, case.end) = (Phase::Terminated, Some(EndCause::Finished));
     conditions_at(&case.step(), 501);
 }
 

@@ -396,7 +396,7 @@ impl Rig {
             clock: Arc::clone(&self.clock),
         });
         let admission = NodeAdmission::new(AdmissionParts {
-            policy: Policy::default(),
+            policy: Policy { declared_features: ["RestartAllContainersOnContainerExits"].into(), ..Policy::default() },
             store: Arc::clone(&store),
             runtime: Arc::clone(&runtime_store),
             allocations: ledger.clone(),

@@ -184,12 +184,17 @@ impl UserNamespaces {
     /// handler, "" the default. Blocking: writes and syncs a file the first time.
     pub fn of(&self, pod: &Pod, handler: &str, node: &NodeFacts) -> Result<v1::UserNamespace, UserNamespaceError> {
         if pod.spec().host_users != Some(false) {
-            return Ok(v1::UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() });
+            return Ok(Self::shared());
         }
         supported(handler, node)?;
         let first = self.block(pod.uid())?;
         let mapping = vec![v1::IdMapping { host_id: first, container_id: 0, length: self.ids_per_pod }];
         Ok(v1::UserNamespace { mode: NamespaceMode::Pod.into(), uids: mapping.clone(), gids: mapping })
+    }
+
+    /// The users of the host, which all pods have that ask for none of their own.
+    pub fn shared() -> v1::UserNamespace {
+        v1::UserNamespace { mode: NamespaceMode::Node.into(), ..Default::default() }
     }
 
     /// Lets the pod's IDs go. Nothing of it may run any more.

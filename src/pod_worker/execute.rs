@@ -31,6 +31,7 @@ use crate::{
     node::NodeFacts,
     pods::{Pod, PodUid},
     resources::resize_plan,
+    user_namespaces::UserNamespaces,
     volumes::MountedVolumes,
 };
 
@@ -217,10 +218,10 @@ async fn refresh_volumes(context: &ActionContext) -> Outcome {
 
 /// Whose users the pod has. Its IDs are on the disk before the runtime hears of them (contract P-58).
 pub(super) async fn user_namespace(context: &ActionContext, pod: &Pod) -> Result<v1::UserNamespace, String> {
-    // Nobody's class is looked up for the users that all pods share.
+    // Nothing is looked up, and no disk asked, for the users that all pods share.
     let handler = match pod.spec().host_users {
         Some(false) => context.parts.objects.runtime_handler(pod).await.map_err(|e| e.to_string())?,
-        _ => String::new(),
+        _ => return Ok(UserNamespaces::shared()),
     };
     let (all, pod, node) = (Arc::clone(&context.parts.user_namespaces), pod.clone(), Arc::clone(&context.node));
     let found = tokio::task::spawn_blocking(move || all.of(&pod, &handler, &node)).await;
@@ -333,7 +334,7 @@ async fn reset_containers(context: &ActionContext, containers: &[ContainerToRese
 }
 
 /// Removes a container from the runtime, and nothing else.
-async fn forget_container(context: &ActionContext, id: &str) -> Result<(), CriError> {
+pub(super) async fn forget_container(context: &ActionContext, id: &str) -> Result<(), CriError> {
     let (runtime, owned) = (Arc::clone(&context.parts.runtime), id.to_owned());
     context.mutate(async move { runtime.remove_container(&owned).await }).await
 }

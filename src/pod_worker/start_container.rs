@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     actions::{Outcome, Progress},
-    execute::{ActionContext, sandbox_config, user_namespace},
+    execute::{ActionContext, forget_container, sandbox_config, user_namespace},
     hooks::{self, HookContext},
     view::WaitingReason,
 };
@@ -240,8 +240,7 @@ impl Start<'_> {
         let left =
             self.context.runtime.containers.iter().filter(|c| c.name == name && c.state == ContainerState::Created);
         for container in left {
-            let (runtime, id) = (Arc::clone(&self.context.parts.runtime), container.id.clone());
-            if let Err(error) = self.context.mutate(async move { runtime.remove_container(&id).await }).await {
+            if let Err(error) = forget_container(self.context, &container.id).await {
                 tracing::warn!(pod.uid = %self.pod.uid(), container = container.id, %error, "Removing a container that never started failed");
                 return Err(Stop::NotYet);
             }

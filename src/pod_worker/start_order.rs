@@ -38,7 +38,19 @@ enum Need<'a> {
         container: &'a Container,
         message: String,
         grace: Option<i64>,
+        then: AfterKill,
     },
+}
+
+/// What becomes of a container that is killed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AfterKill {
+    /// Its restart policy decides.
+    ByPolicy,
+    /// It is replaced whatever the policy: its definition changed.
+    Replaced,
+    /// The same for its `resizePolicy`, whose message says so already.
+    Resized,
 }
 
 /// All main containers have ended for good, or an init container failed for good.
@@ -261,21 +273,31 @@ fn kill_need<'a>(
     let noun = if container.kind == ContainerKind::Sidecar { "Init container" } else { "Container" };
     let hash = latest.annotations.get("io.kubernetes.container.hash");
     if hash.is_some_and(|h| *h != (rules.hash)(container.spec)) {
-        return Need::Kill { container: latest, message: format!("{noun} {name} definition changed"), grace: None };
+        return Need::Kill {
+            container: latest,
+            message: format!("{noun} {name} definition changed"),
+            grace: None,
+            then: AfterKill::Replaced,
+        };
     }
     if container_need(pod, container, view.actuated) == ContainerNeed::Restart {
-        return Need::Kill { container: latest, message: format!("Container {name} {RESIZE_RESTART}"), grace: None };
+        return Need::Kill {
+            container: latest,
+            message: format!("Container {name} {RESIZE_RESTART}"),
+            grace: None,
+            then: AfterKill::Resized,
+        };
     }
     let Some(verdicts) = view.verdicts.get(name).filter(|v| v.container_id == latest.id) else {
         return Need::Nothing;
     };
     if let Liveness::Dead { grace_seconds } = verdicts.liveness {
         let message = format!("{noun} {name} failed liveness probe");
-        return Need::Kill { container: latest, message, grace: grace_seconds };
+        return Need::Kill { container: latest, message, grace: grace_seconds, then: AfterKill::ByPolicy };
     }
     if let Startup::Failed { grace_seconds } = verdicts.startup {
         let message = format!("{noun} {name} failed startup probe");
-        return Need::Kill { container: latest, message, grace: grace_seconds };
+        return Need::Kill { container: latest, message, grace: grace_seconds, then: AfterKill::ByPolicy };
     }
     Need::Nothing
 }
@@ -295,11 +317,10 @@ fn act<'a, 'p>(
     match need {
         Need::Nothing => {}
         Need::Start { after } => candidates.push((container, after)),
-        Need::Kill { container: running, message, grace } => {
-            let resized = message.ends_with(RESIZE_RESTART);
-            let changed = message.ends_with("definition changed");
-            let restart = restarts_after_kill(pod, container, rules.gates) || changed || resized;
-            let message = if restart && !resized { format!("{message}, will be restarted") } else { message };
+        Need::Kill { container: running, message, grace, then } => {
+            let restart = then != AfterKill::ByPolicy || restarts_after_kill(pod, container, rules.gates);
+            let told = restart && then != AfterKill::Resized;
+            let message = if told { format!("{message}, will be restarted") } else { message };
             let grace = grace.map_or_else(|| pod.termination_grace(), |s| Duration::from_secs(s.max(0) as u64));
             let container =
                 ContainerToStop { id: running.id.clone(), name: running.name.clone(), grace, hook: true, rank: 0 };

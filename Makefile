@@ -3,7 +3,7 @@ HARNESS = python3 -m e2e.harness
 AGENT ?= rkubelet
 export AGENT
 
-.PHONY: up down status logs shell agent e2e test conformance bench vm-up vm-down vm-shell vm-test
+.PHONY: up down status logs shell agent e2e test conformance bench probe-load vm-up vm-down vm-shell vm-test
 
 up:       ; @$(HARNESS) up
 down:     ; @$(HARNESS) down
@@ -13,6 +13,9 @@ shell:    ; @$(HARNESS) shell
 agent:    ; @$(HARNESS) agent
 e2e:      ; @$(HARNESS) test $(CASES)
 bench:    ; @$(HARNESS) bench $(BENCH)
+
+# `make probe-load RATE=1700 SECONDS=600 AGENTS=kubelet,rkubelet`
+probe-load: ; @RATE='$(RATE)' SECONDS='$(SECONDS)' $(HARNESS) probe-load
 
 # A VM as a second node of the running cluster: systemd, cgroup v2, AppArmor, reboot.
 vm-up:    ; @$(HARNESS) vm-up

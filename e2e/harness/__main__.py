@@ -33,6 +33,7 @@ def main() -> int:
     vm_test.add_argument("names", nargs="*", metavar="topic[:test_name]")
     bench = verbs.add_parser("bench", help="measure the bare runtime and the agents of AGENTS, one table")
     bench.add_argument("names", nargs="*")
+    verbs.add_parser("probe-load", help="RATE probes a second for SECONDS on the agents of AGENTS: lateness, memory, sockets")
     arguments = parser.parse_args()
     try:
         return 0 if _do(arguments) is not False else 1
@@ -81,6 +82,10 @@ def _do(arguments: argparse.Namespace) -> bool | None:
             from e2e.harness import benchmarks
 
             return benchmarks.run_benchmarks(arguments.names)
+        case "probe-load":
+            from e2e.harness import probe_load
+
+            return probe_load.run_probe_load()
 
 
 def _logs(names: list[str], lines: int) -> bool:

@@ -9,8 +9,10 @@ import importlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Iterator
 
 from e2e.harness import agent, layout
 from e2e.harness.cluster import Cluster
@@ -23,13 +25,13 @@ Figures = dict[str, float]
 
 def run_benchmarks(names: list[str]) -> None:
     cluster = Cluster.load()
-    kinds = _wanted_agents()
+    kinds = wanted_agents(",".join(reversed(agent.KINDS)))
     modules = _modules(names)
     for kind in kinds:
         agent.build(kind)
-    before, begin, load = cluster.agent.kind, time.monotonic(), os.getloadavg()[0]
+    heading = Heading()
     columns: dict[str, Figures] = {RUNTIME: {}}
-    try:
+    with same_agent_afterwards(cluster):
         for module in _having(modules, "measure_runtime"):
             with step(f"{RUNTIME}: {module.__name__.rpartition('.')[2]}"):
                 columns[RUNTIME] |= module.measure_runtime(cluster)
@@ -40,16 +42,32 @@ def run_benchmarks(names: list[str]) -> None:
                     cluster.agent.switch(kind)
                     cluster.wait_node_ready(90)
                     columns[kind] |= module.measure_agent(cluster)
+    keep("bench", heading.text(), columns)
+
+
+class Heading:
+    """Begins where it is made; `text` is for the end."""
+
+    def __init__(self) -> None:
+        self._begin, self._load = time.monotonic(), os.getloadavg()[0]
+
+    def text(self) -> str:
+        return (f"{time.strftime('%F %T')}, {os.cpu_count()} cores, load {self._load:.1f} before and {os.getloadavg()[0]:.1f} "
+                f"after, {time.monotonic() - self._begin:.0f} s in all")
+
+
+@contextmanager
+def same_agent_afterwards(cluster: Cluster) -> Iterator[None]:
+    before = cluster.agent.kind
+    try:
+        yield
     finally:
         if cluster.agent.kind != before or not cluster.agent.alive():
             cluster.agent.switch(before)
-    heading = (f"{time.strftime('%F %T')}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} after, "
-               f"{time.monotonic() - begin:.0f} s in all")
-    _keep(heading, columns)
 
 
-def _wanted_agents() -> list[str]:
-    kinds = (os.environ.get("AGENTS") or ",".join(reversed(agent.KINDS))).split(",")
+def wanted_agents(default: str) -> list[str]:
+    kinds = (os.environ.get("AGENTS") or default).split(",")
     if unknown := set(kinds) - set(agent.KINDS):
         raise HarnessError(f"AGENTS={','.join(kinds)}: no such agent: {', '.join(unknown)}")
     return kinds
@@ -66,13 +84,14 @@ def _having(modules: list[ModuleType], function: str) -> list[ModuleType]:
     return [module for module in modules if hasattr(module, function)]
 
 
-def _keep(heading: str, columns: dict[str, Figures]) -> None:
+def keep(name: str, heading: str, columns: dict[str, Figures], details: dict | None = None) -> None:
+    """Prints the table and keeps it, with all figures and what they come from."""
     table = f"{heading}\n\n{as_markdown(columns)}"
     print(f"\n{table}", flush=True)
-    folder = layout.RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-bench"
+    folder = layout.RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     folder.mkdir(parents=True)
     (folder / "table.md").write_text(table)
-    (folder / "figures.json").write_text(json.dumps({"heading": heading, **columns}, indent=1))
+    (folder / "figures.json").write_text(json.dumps({"heading": heading, **columns, **(details or {})}, indent=1))
     say(f"kept in {folder}")
 
 
@@ -80,13 +99,15 @@ def as_markdown(columns: dict[str, Figures]) -> str:
     """A row for each figure; beside the figures what each agent adds to the runtime, and rkubelet's share of the kubelet's."""
     agents = [kind for kind in columns if kind != RUNTIME]
     both = set(agents) == set(agent.KINDS)
-    heads = ["figure", *columns, *(f"{kind} − runtime" for kind in agents), *(["rkubelet / kubelet"] if both else [])]
+    with_runtime = RUNTIME in columns
+    heads = ["figure", *columns, *(f"{kind} − runtime" for kind in agents if with_runtime),
+             *(["rkubelet / kubelet"] if both else [])]
     rows = []
     for title in dict.fromkeys(title for figures in columns.values() for title in figures):
-        bare = columns[RUNTIME].get(title)
-        values = [columns[kind].get(title) for kind in agents]
-        overheads = [None if bare is None or value is None else value - bare for value in values]
-        rows.append([title, _number(bare), *map(_number, values), *map(_number, overheads)])
+        rows.append([title, *(_number(figures.get(title)) for figures in columns.values())])
+        if with_runtime:
+            bare, values = columns[RUNTIME].get(title), [columns[kind].get(title) for kind in agents]
+            rows[-1] += [_number(None if bare is None or value is None else value - bare) for value in values]
         if both:
             ours, theirs = columns["rkubelet"].get(title), columns["kubelet"].get(title)
             rows[-1].append("" if ours is None or not theirs else f"{ours / theirs:.2f}")

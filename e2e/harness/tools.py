@@ -13,9 +13,9 @@ def location(name: str) -> Path:
     """Where the program is once it is built. A new version is another folder, so nothing stale is ever used."""
     program = PROGRAMS[name]
     key = f"{program.family}-{program.version}"
-    own_source = layout.E2E / "tools" / program.family / "main.go"
-    if own_source.exists():  # ours, so it changes without a new version
-        key += "-" + hashlib.sha256(own_source.read_bytes()).hexdigest()[:8]
+    own_sources = sorted((layout.E2E / "tools" / program.family).glob("*.go"))
+    if own_sources:  # ours, so it changes without a new version
+        key += "-" + hashlib.sha256(b"".join(path.read_bytes() for path in own_sources)).hexdigest()[:8]
     return layout.PROGRAM_CACHE / key / name
 
 

@@ -93,6 +93,7 @@ PROGRAMS = {
             "metrics-server", "sigs.k8s.io/metrics-server/cmd/metrics-server", "metrics-server", "v0.9.0"
         ),
         Program("cribench", ".", "cribench", "v0.37.1"),  # ours; the version is that of k8s.io/cri-api
+        Program("probetarget", ".", "probetarget", "v1.82.1"),  # ours; the version is that of google.golang.org/grpc
         Program("ginkgo", "github.com/onsi/ginkgo/v2/ginkgo", "kubernetes", KUBERNETES),
         Program(
             "e2e.test",

@@ -85,9 +85,7 @@ async fn connected(address: SocketAddr) -> Result<Channel, tonic::transport::Err
     let mut wait = RECONNECT;
     loop {
         let connector = tower::service_fn(move |_: Uri| async move {
-            let stream = connect(address).await?;
-            stream.set_zero_linger()?;
-            Ok::<_, io::Error>(TokioIo::new(stream))
+            Ok::<_, io::Error>(TokioIo::new(connect(address).await?))
         });
         match endpoint.connect_with_connector(connector).await {
             Ok(channel) => return Ok(channel),

@@ -210,6 +210,50 @@ async fn b04_tcp_opens_or_fails() {
     assert_eq!(tcp::attempt(&action, &container, LOCALHOST, &one_second()).await, Ok(Outcome::Failure(refused)));
 }
 
+/// How many connections from or to that port of this host are in TIME_WAIT.
+fn waiting(port: u16) -> usize {
+    const TIME_WAIT: &str = "06";
+    let (port, table) = (format!(":{port:04X}"), std::fs::read_to_string("/proc/net/tcp").unwrap());
+    let rows = table.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[3] == TIME_WAIT && (row[1].ends_with(&port) || row[2].ends_with(&port))).count()
+}
+
+#[tokio::test]
+async fn b04_tcp_ends_orderly_for_the_server_and_leaves_no_time_wait() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let action = corev1::TCPSocketAction { port: IntOrString::Int(i32::from(port)), host: None };
+    for _ in 0..20 {
+        let container = corev1::Container::default();
+        assert_eq!(tcp::attempt(&action, &container, LOCALHOST, &one_second()).await, Ok(Outcome::Success));
+        let (mut stream, _) = listener.accept().await.unwrap();
+        assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "the end of a stream, not a reset");
+    }
+    assert_eq!(waiting(port), 0);
+}
+
+#[tokio::test]
+async fn b03_no_connection_is_left_in_time_wait() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = tokio::spawn(async move {
+        for _ in 0..20 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 1024];
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+            let _ = stream.read(&mut request).await;
+        }
+    });
+    let action = corev1::HTTPGetAction { port: IntOrString::Int(i32::from(port)), ..Default::default() };
+    for _ in 0..20 {
+        let container = corev1::Container::default();
+        assert_eq!(attempt(&action, &container, LOCALHOST, &one_second()).await, Ok(Outcome::Success));
+    }
+    server.await.unwrap();
+    assert_eq!(waiting(port), 0);
+}
+
 #[tokio::test]
 async fn b05_grpc_health_words() {
     let (reporter, service) = tonic_health::server::health_reporter();

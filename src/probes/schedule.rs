@@ -38,11 +38,20 @@ pub(super) fn first_wait(probe: &corev1::Probe, target: &ProbeTarget, wall: Time
     if target.adopted { until_delay.max(period(probe).mul_f64(jitter.clamp(0.0, 1.0))) } else { until_delay }
 }
 
-/// When to run next: one period after the last start, sooner when `asked` (readiness of a container that is not ready,
-/// contract B-01 as corrected for 1.37). May lie in the past: then at once.
-pub(super) fn next_run(last_start: Instant, probe: &corev1::Probe, asked: bool) -> Instant {
+/// When to run next: one period after the tick of the last run, sooner when `asked` (readiness of a container that is not
+/// ready, contract B-01 as corrected for 1.37). May lie in the past: then at once.
+pub(super) fn next_run(last_tick: Instant, probe: &corev1::Probe, asked: bool) -> Instant {
     let period = period(probe);
-    last_start + if asked { period.min(ASKED_AGAIN) } else { period }
+    last_tick + if asked { period.min(ASKED_AGAIN) } else { period }
+}
+
+/// The tick that a run belongs to which was `due` and began at `start`. Ticks lie whole periods apart, whatever a run takes and
+/// however late it begins: so lateness does not add up, and ticks that passed meanwhile are made up for by one run (contract B-01).
+pub(super) fn tick(due: Instant, start: Instant, probe: &corev1::Probe) -> Instant {
+    let period = period(probe);
+    let late = start.saturating_duration_since(due);
+    let passed = u32::try_from(late.as_nanos() / period.as_nanos()).unwrap_or(u32::MAX);
+    due + period.saturating_mul(passed)
 }
 
 /// The quiet tries between regular runs: 50, 100, 200 ms … apart, up to the period.
@@ -137,6 +146,17 @@ mod tests {
         assert_eq!(next_run(start, &probe(0, 10), false), start + Duration::from_secs(10));
         assert_eq!(next_run(start, &probe(0, 10), true), start + Duration::from_secs(1));
         assert_eq!(next_run(start, &probe(0, 1), true), start + Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn b01_ticks_stay_whole_periods_apart() {
+        let due = tokio::time::Instant::now();
+        for (late, want) in [(0, 0), (1, 0), (1999, 0), (2000, 2000), (5100, 4000)] {
+            let got = tick(due, due + Duration::from_millis(late), &probe(0, 2));
+            assert_eq!((got - due).as_millis(), want, "late by {late} ms");
+        }
+        let early = tick(due, due - Duration::from_millis(1), &probe(0, 2));
+        assert_eq!(early, due, "a start before it was due counts as due");
     }
 
     #[tokio::test(start_paused = true)]

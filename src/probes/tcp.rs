@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::core::v1 as corev1;
+use tokio::io::AsyncWriteExt;
 
 use super::{
     http::connect,
@@ -11,7 +12,8 @@ use super::{
     schedule,
 };
 
-/// One try. The connection is closed with a FIN, never reset, so that the server sees an orderly client.
+/// One try. The connection is closed with a FIN, so that the server reads an orderly end, and only then dropped by a reset, so
+/// that none of them stays in TIME_WAIT: hundreds of probes a second would be tens of thousands of those.
 pub(super) async fn attempt(
     action: &corev1::TCPSocketAction,
     container: &corev1::Container,
@@ -40,7 +42,11 @@ async fn open(host: &str, port: u16) -> Result<(), String> {
     };
     for address in addresses {
         match connect(address).await {
-            Ok(_) => return Ok(()),
+            Ok(mut stream) => {
+                // Opening was the question; an end that fails is no answer.
+                let _ = stream.shutdown().await;
+                return Ok(());
+            }
             Err(e) => last = net_error::dial(address, &e),
         }
     }

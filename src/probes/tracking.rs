@@ -176,6 +176,17 @@ impl Shared {
     }
 }
 
+/// Why a probe runs now.
+#[derive(Clone, Copy)]
+enum Turn {
+    /// Its period is over; this was the moment.
+    Due(Instant),
+    /// The worker looked at a container that is not ready: a run like any other, from which the period counts anew.
+    Asked,
+    /// A quiet try before the regular run.
+    Quiet,
+}
+
 /// One probe of one container ID.
 struct ProbeTask {
     shared: Arc<Shared>,
@@ -195,21 +206,23 @@ impl ProbeTask {
         }
         let mut tally = Tally::default();
         let mut eager = self.eager();
-        let mut quietly = false;
         // The period counts from the last run that counted.
         let mut last = self.shared.clock.now().mono;
+        let mut turn = Turn::Due(last);
         loop {
             asked.mark_unchanged();
             let start = self.shared.clock.now().mono;
             let Some((pod, target)) = self.look() else { return };
             let Some(container) = pod.container(&target.container) else { return };
-            let result = match quietly {
-                true => self.try_once(&pod, container, &target).await,
-                false => self.probe_once(&pod, container, &target).await,
+            let result = match turn {
+                Turn::Quiet => self.try_once(&pod, container, &target).await,
+                Turn::Due(_) | Turn::Asked => self.probe_once(&pod, container, &target).await,
             };
             let end = self.shared.clock.now().mono;
-            if !quietly || result.is_some() {
-                last = start;
+            match turn {
+                Turn::Due(due) => last = schedule::tick(due, start, &self.probe),
+                Turn::Quiet if result.is_none() => {}
+                Turn::Asked | Turn::Quiet => last = start,
             }
             if let Some(passed) = result {
                 self.shared.metrics.observe(&pod, &target.container, self.kind, passed, end - start);
@@ -221,13 +234,14 @@ impl ProbeTask {
                 }
             }
             let retry = eager.as_mut().and_then(|e| e.next(start, end, schedule::next_run(last, &self.probe, false)));
-            quietly = self.wait(last, retry, &mut asked).await;
+            turn = self.wait(last, retry, &mut asked).await;
         }
     }
 
-    /// Until the next run. `true`: it is a quiet try before the regular one.
-    async fn wait(&self, last: Instant, retry: Option<Instant>, asked: &mut watch::Receiver<()>) -> bool {
+    /// Until the next run.
+    async fn wait(&self, last: Instant, retry: Option<Instant>, asked: &mut watch::Receiver<()>) -> Turn {
         let mut regular = schedule::next_run(last, &self.probe, false);
+        let mut turn = Turn::Due(regular);
         let soon = schedule::next_run(last, &self.probe, true);
         loop {
             let quiet = async {
@@ -238,9 +252,11 @@ impl ProbeTask {
             };
             tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(regular) => return false,
-                () = quiet => return true,
-                Ok(()) = asked.changed(), if self.kind == ProbeKind::Readiness && soon < regular => regular = soon,
+                () = tokio::time::sleep_until(regular) => return turn,
+                () = quiet => return Turn::Quiet,
+                Ok(()) = asked.changed(), if self.kind == ProbeKind::Readiness && soon < regular => {
+                    (regular, turn) = (soon, Turn::Asked);
+                }
             }
         }
     }

@@ -290,6 +290,19 @@ async fn b01_unready_container_is_probed_again_when_its_worker_looks() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn b01_a_late_run_delays_no_other() {
+    let house = House::new();
+    let pod = pod(|c| c.liveness_probe = Some(probe("live", 0, 1, 3)));
+    house.scripts.0.lock().unwrap().takes = Duration::from_millis(2300);
+    house.probes.track(&pod, &[house.target()]);
+    at(&house, 1.0).await;
+    house.scripts.0.lock().unwrap().takes = Duration::from_millis(10);
+    at(&house, 5.5).await;
+    let runs = house.scripts.millis("live", house.start);
+    assert_eq!(runs, [0, 2300, 3000, 4000, 5000], "one run for the ticks that passed, then each at its tick");
+}
+
+#[tokio::test(start_paused = true)]
 async fn b08_errors_are_tried_three_times_and_count_for_nothing() {
     let house = House::new();
     let pod = pod(|c| c.liveness_probe = Some(probe("live", 0, 10, 1)));

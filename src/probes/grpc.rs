@@ -84,9 +84,8 @@ async fn connected(address: SocketAddr) -> Result<Channel, tonic::transport::Err
         Endpoint::from_shared(format!("http://{address}"))?.user_agent(format!("kube-probe/{}", kubernetes_minor()))?;
     let mut wait = RECONNECT;
     loop {
-        let connector = tower::service_fn(move |_: Uri| async move {
-            Ok::<_, io::Error>(TokioIo::new(connect(address).await?))
-        });
+        let connector =
+            tower::service_fn(move |_: Uri| async move { Ok::<_, io::Error>(TokioIo::new(connect(address).await?)) });
         match endpoint.connect_with_connector(connector).await {
             Ok(channel) => return Ok(channel),
             Err(_) => tokio::time::sleep(wait).await,

@@ -17,7 +17,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -33,6 +33,8 @@ use crate::{
 };
 
 const QUEUE: usize = 1000;
+/// An event is written this long after it was made: people read events, pods wait for what else the node does in their first half second.
+const YIELDS_FOR: Duration = Duration::from_millis(500);
 const TRIES: u32 = 12;
 const PAUSE: Duration = Duration::from_secs(10);
 const COMPONENT: &str = "kubelet";
@@ -41,7 +43,7 @@ const LONGEST_NAME: usize = 253;
 
 /// The node's event recorder. Cheap to share by `Arc`.
 pub struct EventRecorder {
-    queue: mpsc::Sender<Event>,
+    queue: mpsc::Sender<(Event, Instant)>,
     node_name: String,
     node_uid: OnceLock<String>,
     clock: Arc<dyn Clock>,
@@ -122,7 +124,8 @@ impl EventRecorder {
 impl EventSink for EventRecorder {
     fn event(&self, regarding: Regarding, kind: EventType, reason: &str, message: String) {
         let event = self.make(&regarding, kind, reason, message);
-        if self.queue.try_send(event).is_err() {
+        let due = self.clock.now().mono + YIELDS_FOR;
+        if self.queue.try_send((event, due)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             self.metrics.event_dropped();
             tracing::debug!(reason, "event dropped: the queue is full");
@@ -155,8 +158,9 @@ struct Delivery {
 }
 
 impl Delivery {
-    async fn run(mut self, mut events: mpsc::Receiver<Event>) {
-        while let Some(event) = events.recv().await {
+    async fn run(mut self, mut events: mpsc::Receiver<(Event, Instant)>) {
+        while let Some((event, due)) = events.recv().await {
+            tokio::time::sleep_until(due).await;
             match self.correlator.decide(event, self.clock.now()) {
                 Decision::Drop => {}
                 Decision::Create(event) => self.deliver(&event, false).await,

@@ -1,6 +1,6 @@
 //! The pod's phase from its container statuses (contract P-40). Pure.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, PodStatus};
 
 use super::generate::StatusInput;
 use crate::{
@@ -10,6 +10,20 @@ use crate::{
 
 pub fn is_terminal(phase: &str) -> bool {
     matches!(phase, "Succeeded" | "Failed")
+}
+
+/// The status says no more than that the pod is being started: no container has begun, none failed to.
+pub(super) fn only_starting(status: &PodStatus) -> bool {
+    let containers = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    let on_the_way = |s: &ContainerStatus| {
+        let waiting = s.state.as_ref().and_then(|s| s.waiting.as_ref()).and_then(|w| w.reason.as_deref());
+        matches!(waiting, Some("ContainerCreating" | "PodInitializing")) && s.last_state.as_ref().is_none_or(never_ended)
+    };
+    status.phase.as_deref() == Some("Pending") && containers.into_iter().all(on_the_way)
+}
+
+fn never_ended(last: &ContainerState) -> bool {
+    last.terminated.is_none()
 }
 
 #[derive(Default)]

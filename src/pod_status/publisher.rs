@@ -2,7 +2,9 @@
 //!
 //! In: the newest status of each pod, from its worker. Out: PATCH requests, acknowledgements, wakes with `Cause::Published`. One request
 //! at a time per pod and [`IN_FLIGHT`] in all; a newer status replaces one that waits. Nothing is lost: a request is repeated with
-//! back-off until it is answered, or the pod is gone. There is no batching delay: a status leaves when it is offered.
+//! back-off until it is answered, or the pod is gone. There is no batching delay: a status leaves when it is offered, but for one that
+//! says no more than that the start goes on: it waits [`STARTING_WAITS`] for a better one, since each write costs the start some of the
+//! node's time.
 
 use std::{
     collections::HashMap,
@@ -24,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     StatusPublisher,
     patch::{patch_for, same},
+    phase::only_starting,
 };
 use crate::{
     api::{
@@ -40,6 +43,8 @@ use crate::{
 const IN_FLIGHT: usize = 16;
 /// A status that the apiserver rejects as invalid is tried again this late, or when a newer one is offered.
 const REJECTED_PAUSE: Duration = Duration::from_secs(60);
+/// Most pods are up before this has passed, and nobody sees it pass.
+const STARTING_WAITS: Duration = Duration::from_millis(500);
 
 /// [`StatusPublisher`] over the general API client. Make it inside the runtime. Clones are the same publisher.
 #[derive(Clone)]
@@ -100,6 +105,13 @@ enum Job {
     Delete(Pod),
 }
 
+enum Next {
+    Now(Job),
+    /// Not before this, unless something better is offered.
+    At(Instant),
+    Nothing,
+}
+
 enum Outcome {
     /// The pod as the apiserver now has it.
     Written {
@@ -119,13 +131,16 @@ struct PodAnswer {
 }
 
 impl Record {
-    fn next(&mut self, uid: &PodUid) -> Option<Job> {
+    fn next(&mut self, uid: &PodUid, now: Instant) -> Next {
         if self.gone {
-            return None;
+            return Next::Nothing;
         }
         if self.acknowledged < self.version || self.drifted {
             match patch_for(&self.held.status, &self.status, uid) {
-                Some(body) => return Some(Job::Patch { pod: self.pod.clone(), body, version: self.version }),
+                Some(body) => match self.waits_until().filter(|at| *at > now) {
+                    Some(at) => return Next::At(at),
+                    None => return Next::Now(Job::Patch { pod: self.pod.clone(), body, version: self.version }),
+                },
                 None => {
                     self.drifted = false;
                     self.acknowledged = self.version;
@@ -133,7 +148,15 @@ impl Record {
                 }
             }
         }
-        (self.delete == Deletion::Wanted).then(|| Job::Delete(self.pod.clone()))
+        match self.delete {
+            Deletion::Wanted => Next::Now(Job::Delete(self.pod.clone())),
+            Deletion::No | Deletion::Sent => Next::Nothing,
+        }
+    }
+
+    fn waits_until(&self) -> Option<Instant> {
+        let waits = self.delete == Deletion::No && !self.drifted && only_starting(&self.status);
+        self.unsent_since.filter(|_| waits).map(|since| since + STARTING_WAITS)
     }
 
     fn learn(&mut self, held: Held) {
@@ -219,7 +242,7 @@ impl StatusPublisher for ApiPublisher {
                 record.acknowledged = record.version;
             } else if !record.sending {
                 // Settles at once when the API already holds this status.
-                let due = record.next(uid).is_some();
+                let due = !matches!(record.next(uid, SystemClock.now().mono), Next::Nothing);
                 self.0.start(record, uid, due);
             }
             (record.version, record.acknowledged != before)
@@ -242,6 +265,7 @@ impl StatusPublisher for ApiPublisher {
         let record = records.get_or_insert(pod);
         if record.delete == Deletion::No && !record.gone {
             record.delete = Deletion::Wanted;
+            record.news.notify_one();
             let due = !record.sending;
             self.0.start(record, pod.uid(), due);
         }
@@ -303,13 +327,21 @@ impl Shared {
     /// Sends until nothing is left to send for this pod.
     async fn send_all(&self, uid: &PodUid, serial: u64, news: &Notify) {
         let mut backoff = Backoff::new();
-        let mut tried;
         loop {
-            let outcome = {
+            let step = {
                 let Ok(_slot) = self.slots.acquire().await else { return };
-                let Some((job, version)) = self.take(uid, serial) else { return };
-                tried = version;
-                self.carry_out(uid, job).await
+                match self.take(uid, serial) {
+                    (Next::Now(job), version) => Ok((self.carry_out(uid, job).await, version)),
+                    (Next::At(at), _) => Err(at),
+                    (Next::Nothing, _) => return,
+                }
+            };
+            let (outcome, tried) = match step {
+                Ok(sent) => sent,
+                Err(not_before) => {
+                    tokio::time::timeout_at(not_before, news.notified()).await.ok();
+                    continue;
+                }
             };
             let Some(error) = self.settle(uid, serial, outcome) else {
                 backoff.reset();
@@ -334,20 +366,22 @@ impl Shared {
         self.lock().by_uid.get(uid).filter(|r| r.serial == serial).map(|r| r.version)
     }
 
-    /// The newest thing to send, and the version it belongs to; `None` ends the sender.
-    fn take(&self, uid: &PodUid, serial: u64) -> Option<(Job, u64)> {
+    /// The newest thing to send, and the version it belongs to; `Nothing` ends the sender.
+    fn take(&self, uid: &PodUid, serial: u64) -> (Next, u64) {
         let mut records = self.lock();
-        let record = records.by_uid.get_mut(uid).filter(|r| r.serial == serial)?;
+        let Some(record) = records.by_uid.get_mut(uid).filter(|r| r.serial == serial) else {
+            return (Next::Nothing, 0);
+        };
         let before = record.acknowledged;
-        let job = record.next(uid);
-        record.sending = job.is_some();
+        let next = record.next(uid, SystemClock.now().mono);
+        record.sending = !matches!(next, Next::Nothing);
         let changed = record.acknowledged != before;
         let version = record.version;
         drop(records);
         if changed {
             self.wakes.wake(uid, Cause::Published);
         }
-        job.map(|job| (job, version))
+        (next, version)
     }
 
     async fn carry_out(&self, uid: &PodUid, job: Job) -> Outcome {

@@ -81,7 +81,7 @@ async fn p44_one_request_at_a_time_and_the_newest_wins() {
     let house = house();
     let pod = house.create("u", json!({}));
     let gate = house.api.hold("PATCH");
-    house.publisher.offer(&pod, phase("Pending"));
+    house.publisher.offer(&pod, phase("Unknown"));
     eventually("the first is under way", || house.patches().len() == 1).await;
     for reason in ["a", "b", "c"] {
         house.publisher.offer(&pod, status(json!({"phase": "Running", "reason": reason})));
@@ -92,6 +92,44 @@ async fn p44_one_request_at_a_time_and_the_newest_wins() {
     house.acknowledged("u", 4).await;
     assert_eq!(house.patches().len(), 2);
     assert_eq!(house.patches()[1]["status"], json!({"phase": "Running", "reason": "c"}));
+}
+
+fn starting(reason: &str) -> PodStatus {
+    let container = json!({"name": "c", "state": {"waiting": {"reason": reason}}, "image": "i", "imageID": "",
+        "ready": false, "restartCount": 0});
+    status(json!({"phase": "Pending", "containerStatuses": [container]}))
+}
+
+#[tokio::test(start_paused = true)]
+async fn p44_a_status_that_only_starts_waits_for_a_better_one_but_not_long() {
+    let house = house();
+    let pod = house.create("u", json!({"phase": "Pending"}));
+    house.publisher.offer(&pod, starting("ContainerCreating"));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(house.patches().is_empty());
+    house.publisher.offer(&pod, phase("Running"));
+    house.acknowledged("u", 2).await;
+    assert_eq!(house.patches().len(), 1);
+
+    // Nothing better comes, or a reason why it does not go on, or the pod's end.
+    for (second, wait) in [(None, 500), (Some(starting("ErrImagePull")), 0)] {
+        let begun = tokio::time::Instant::now();
+        house.publisher.forget(pod.uid());
+        let pod = house.create("u", json!({"phase": "Pending"}));
+        house.publisher.offer(&pod, starting("PodInitializing"));
+        let version = second.map_or(1, |better| house.publisher.offer(&pod, better));
+        house.acknowledged("u", version).await;
+        let took = begun.elapsed().as_millis();
+        assert!((wait..wait + 100).contains(&took), "{took} ms");
+    }
+    house.publisher.forget(pod.uid());
+    let pod = house.create("u", json!({"phase": "Pending"}));
+    let begun = tokio::time::Instant::now();
+    house.publisher.offer(&pod, starting("ContainerCreating"));
+    house.publisher.delete(&pod);
+    house.publisher.drained().await;
+    assert!(begun.elapsed().as_millis() < 100);
+    assert!(house.api.get("pods", "n", "p").is_none());
 }
 
 #[tokio::test(start_paused = true)]

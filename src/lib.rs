@@ -19,6 +19,7 @@ pub mod pods;
 pub mod probes;
 pub mod quantity;
 pub mod resources;
+pub mod rush;
 pub mod server;
 pub mod telemetry;
 pub mod time;

@@ -25,6 +25,7 @@ use crate::{
     pods::{PodSource, PodStore, sources},
     probes::NodeProbes,
     resources::{KubepodsCgroups, LedgerParts, PodLedger},
+    rush::Rush,
     server,
     telemetry::{Metrics, Verbosity, WorkerMetrics},
     time::{Clock, SystemClock},
@@ -142,7 +143,9 @@ impl Agent {
         let kubeconfig = config.flags.kubeconfig.as_deref().ok_or(AgentError::Standalone)?;
         let clients = ApiClients::connect(kubeconfig, &settings::api(&config))?;
         clients.register_metrics(metrics.registry())?;
-        let api_recorder = EventRecorder::start(&clients, &config.node_name, Arc::clone(&clock), cancel.clone());
+        let rush = Rush::default();
+        let api_recorder =
+            EventRecorder::start(&clients, &config.node_name, Arc::clone(&clock), rush.clone(), cancel.clone());
         let recorder: Arc<dyn EventSink> = api_recorder.clone();
         let workers = PodWorkers::new();
         let wakes: Arc<dyn WakeSink> = Arc::new(WorkerWakes(Arc::clone(&workers)));
@@ -187,7 +190,7 @@ impl Agent {
             metrics: AdmissionMetrics::new(metrics.registry())?,
             clock: Arc::clone(&clock),
         }));
-        let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), cancel.clone());
+        let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), rush.clone(), cancel.clone());
         publisher.register_metrics(metrics.registry())?;
         let probes = Arc::new(NodeProbes::new(
             Arc::clone(&side.runtime),
@@ -226,7 +229,7 @@ impl Agent {
             ledger,
             user_namespaces,
             node: node.facts.clone(),
-            gate: settings::start_gate(&clock),
+            gate: settings::start_gate(&clock, &rush),
             metrics: Arc::new(WorkerMetrics::new(metrics.registry())?),
             mutations: mutations.clone(),
             cancel: cancel.clone(),

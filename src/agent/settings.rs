@@ -23,6 +23,7 @@ use crate::{
     pod_worker::{StartGate, WorkerSettings, backoff::BackoffLimits, decide::Rules, restart::LifecycleGates},
     probes::ProbeSettings,
     resources::{CgroupSettings, allocation::ResizePolicy},
+    rush::Rush,
     server::ServerSettings,
     time::Clock,
     user_namespaces::{IdRange, UserNamespaceError, UserNamespaces},
@@ -41,9 +42,9 @@ pub(super) fn pod_logs_dir(config: &Config) -> PathBuf {
 }
 
 /// As wide as there are cores, and up to four times as wide where that turns out to be faster.
-pub(super) fn start_gate(clock: &Arc<dyn Clock>) -> StartGate {
+pub(super) fn start_gate(clock: &Arc<dyn Clock>, rush: &Rush) -> StartGate {
     let cores = std::thread::available_parallelism().map_or(2, usize::from).max(2);
-    StartGate::adaptive(cores, 4 * cores, Arc::clone(clock))
+    StartGate::adaptive(cores, 4 * cores, Arc::clone(clock), rush.clone())
 }
 
 pub(super) fn api(config: &Config) -> ApiSettings {

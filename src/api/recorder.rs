@@ -29,12 +29,15 @@ use super::{
 use crate::{
     events::{EventSink, EventType, Regarding},
     pods::Pod,
+    rush::Rush,
     time::{Clock, api_time},
 };
 
 const QUEUE: usize = 1000;
-/// An event is written this long after it was made: people read events, pods wait for what else the node does in their first half second.
+/// An event is written this long after it was made, and after a rush: people read events, pods wait for what else the node does then.
 const YIELDS_FOR: Duration = Duration::from_millis(500);
+/// But not later than this.
+const YIELDS_TO_RUSH_FOR: Duration = Duration::from_secs(5);
 const TRIES: u32 = 12;
 const PAUSE: Duration = Duration::from_secs(10);
 const COMPONENT: &str = "kubelet";
@@ -53,10 +56,16 @@ pub struct EventRecorder {
 
 impl EventRecorder {
     /// Starts the delivering task, which ends with `cancel` or with this value.
-    pub fn start(clients: &ApiClients, node_name: &str, clock: Arc<dyn Clock>, cancel: CancellationToken) -> Arc<Self> {
+    pub fn start(
+        clients: &ApiClients,
+        node_name: &str,
+        clock: Arc<dyn Clock>,
+        rush: Rush,
+        cancel: CancellationToken,
+    ) -> Arc<Self> {
         let (queue, events) = mpsc::channel(QUEUE);
-        let delivery =
-            Delivery { client: clients.events.clone(), clock: Arc::clone(&clock), correlator: Correlator::new() };
+        let (client, correlator) = (clients.events.clone(), Correlator::new());
+        let delivery = Delivery { client, clock: Arc::clone(&clock), rush, correlator };
         tokio::spawn(async move {
             tokio::select! {
                 () = cancel.cancelled() => {}
@@ -124,8 +133,8 @@ impl EventRecorder {
 impl EventSink for EventRecorder {
     fn event(&self, regarding: Regarding, kind: EventType, reason: &str, message: String) {
         let event = self.make(&regarding, kind, reason, message);
-        let due = self.clock.now().mono + YIELDS_FOR;
-        if self.queue.try_send((event, due)).is_err() {
+        let made = self.clock.now().mono;
+        if self.queue.try_send((event, made)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             self.metrics.event_dropped();
             tracing::debug!(reason, "event dropped: the queue is full");
@@ -154,13 +163,16 @@ fn event_name(object: &str, nanos: i128) -> String {
 struct Delivery {
     client: kube::Client,
     clock: Arc<dyn Clock>,
+    rush: Rush,
     correlator: Correlator,
 }
 
 impl Delivery {
     async fn run(mut self, mut events: mpsc::Receiver<(Event, Instant)>) {
-        while let Some((event, due)) = events.recv().await {
-            tokio::time::sleep_until(due).await;
+        while let Some((event, made)) = events.recv().await {
+            tokio::time::sleep_until(made + YIELDS_FOR).await;
+            // What is late is not later than it may be.
+            tokio::time::timeout_at(made + YIELDS_TO_RUSH_FOR, self.rush.over()).await.ok();
             match self.correlator.decide(event, self.clock.now()) {
                 Decision::Drop => {}
                 Decision::Create(event) => self.deliver(&event, false).await,

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     events::{EventSink, EventType, Regarding},
     pods::{Pod, PodSource},
+    rush::Rush,
     time::{Clock, SystemClock},
     wake::{Cause, WakeSink},
 };
@@ -332,7 +333,7 @@ async fn p61_no_class_is_the_default_handler_and_an_outage_says_so() {
 }
 
 fn recorder(api: &FakeApi) -> Arc<EventRecorder> {
-    EventRecorder::start(&api.clients(), "node", Arc::new(SystemClock), CancellationToken::new())
+    EventRecorder::start(&api.clients(), "node", Arc::new(SystemClock), Rush::default(), CancellationToken::new())
 }
 
 #[tokio::test(start_paused = true)]
@@ -363,6 +364,22 @@ async fn p45_events_have_upstreams_shape() {
         of_node["involvedObject"],
         json!({"apiVersion": "v1", "kind": "Node", "name": "node", "uid": "node-uid"})
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_yield_to_starts_but_not_for_long() {
+    let (api, rush) = (FakeApi::default(), Rush::default());
+    let clock = Arc::new(SystemClock);
+    let recorder = EventRecorder::start(&api.clients(), "node", clock, rush.clone(), CancellationToken::new());
+    for (rush_on, millis) in [(false, 500), (true, 5000)] {
+        rush.set(rush_on);
+        let before = api.bodies("POST").len();
+        let made = tokio::time::Instant::now();
+        recorder.event(Regarding::Node, EventType::Normal, "Starting", format!("{millis}"));
+        eventually("sent", || api.bodies("POST").len() > before).await;
+        let took = made.elapsed().as_millis();
+        assert!((millis..millis + 100).contains(&took), "{took} ms");
+    }
 }
 
 #[tokio::test(start_paused = true)]

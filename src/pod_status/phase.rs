@@ -17,7 +17,8 @@ pub(super) fn only_starting(status: &PodStatus) -> bool {
     let containers = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
     let on_the_way = |s: &ContainerStatus| {
         let waiting = s.state.as_ref().and_then(|s| s.waiting.as_ref()).and_then(|w| w.reason.as_deref());
-        matches!(waiting, Some("ContainerCreating" | "PodInitializing")) && s.last_state.as_ref().is_none_or(never_ended)
+        matches!(waiting, Some("ContainerCreating" | "PodInitializing"))
+            && s.last_state.as_ref().is_none_or(never_ended)
     };
     status.phase.as_deref() == Some("Pending") && containers.into_iter().all(on_the_way)
 }

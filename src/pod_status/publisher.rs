@@ -3,8 +3,8 @@
 //! In: the newest status of each pod, from its worker. Out: PATCH requests, acknowledgements, wakes with `Cause::Published`. One request
 //! at a time per pod and [`IN_FLIGHT`] in all; a newer status replaces one that waits. Nothing is lost: a request is repeated with
 //! back-off until it is answered, or the pod is gone. There is no batching delay: a status leaves when it is offered, but for one that
-//! says no more than that the start goes on: it waits [`STARTING_WAITS`] for a better one, since each write costs the start some of the
-//! node's time.
+//! says no more than that the start goes on: it waits [`STARTING_WAITS`] for a better one (in a rush [`RUSH_WAITS`]), since each write
+//! costs the starts some of the node's time.
 
 use std::{
     collections::HashMap,
@@ -35,6 +35,7 @@ use crate::{
         rest::{self, BareMeta, RestError},
     },
     pods::{Pod, PodUid},
+    rush::Rush,
     time::{Clock, SystemClock},
     wake::{Cause, WakeSink},
 };
@@ -45,6 +46,7 @@ const IN_FLIGHT: usize = 16;
 const REJECTED_PAUSE: Duration = Duration::from_secs(60);
 /// Most pods are up before this has passed, and nobody sees it pass.
 const STARTING_WAITS: Duration = Duration::from_millis(500);
+const RUSH_WAITS: Duration = Duration::from_secs(5);
 
 /// [`StatusPublisher`] over the general API client. Make it inside the runtime. Clones are the same publisher.
 #[derive(Clone)]
@@ -53,6 +55,7 @@ pub struct ApiPublisher(Arc<Shared>);
 struct Shared {
     clients: ApiClients,
     wakes: Arc<dyn WakeSink>,
+    rush: Rush,
     records: Mutex<Records>,
     slots: Semaphore,
     sync_seconds: OnceLock<Histogram>,
@@ -131,13 +134,13 @@ struct PodAnswer {
 }
 
 impl Record {
-    fn next(&mut self, uid: &PodUid, now: Instant) -> Next {
+    fn next(&mut self, uid: &PodUid, now: Instant, rush: bool) -> Next {
         if self.gone {
             return Next::Nothing;
         }
         if self.acknowledged < self.version || self.drifted {
             match patch_for(&self.held.status, &self.status, uid) {
-                Some(body) => match self.waits_until().filter(|at| *at > now) {
+                Some(body) => match self.waits_until(rush).filter(|at| *at > now) {
                     Some(at) => return Next::At(at),
                     None => return Next::Now(Job::Patch { pod: self.pod.clone(), body, version: self.version }),
                 },
@@ -154,9 +157,9 @@ impl Record {
         }
     }
 
-    fn waits_until(&self) -> Option<Instant> {
+    fn waits_until(&self, rush: bool) -> Option<Instant> {
         let waits = self.delete == Deletion::No && !self.drifted && only_starting(&self.status);
-        self.unsent_since.filter(|_| waits).map(|since| since + STARTING_WAITS)
+        self.unsent_since.filter(|_| waits).map(|since| since + if rush { RUSH_WAITS } else { STARTING_WAITS })
     }
 
     fn learn(&mut self, held: Held) {
@@ -172,10 +175,11 @@ fn held(pod: &Pod) -> Held {
 }
 
 impl ApiPublisher {
-    pub fn new(clients: ApiClients, wakes: Arc<dyn WakeSink>, cancel: CancellationToken) -> Self {
+    pub fn new(clients: ApiClients, wakes: Arc<dyn WakeSink>, rush: Rush, cancel: CancellationToken) -> Self {
         Self(Arc::new(Shared {
             clients,
             wakes,
+            rush,
             records: Mutex::default(),
             slots: Semaphore::new(IN_FLIGHT),
             sync_seconds: OnceLock::new(),
@@ -242,7 +246,7 @@ impl StatusPublisher for ApiPublisher {
                 record.acknowledged = record.version;
             } else if !record.sending {
                 // Settles at once when the API already holds this status.
-                let due = !matches!(record.next(uid, SystemClock.now().mono), Next::Nothing);
+                let due = !matches!(record.next(uid, SystemClock.now().mono, false), Next::Nothing);
                 self.0.start(record, uid, due);
             }
             (record.version, record.acknowledged != before)
@@ -339,7 +343,15 @@ impl Shared {
             let (outcome, tried) = match step {
                 Ok(sent) => sent,
                 Err(not_before) => {
-                    tokio::time::timeout_at(not_before, news.notified()).await.ok();
+                    let rush_ends = async {
+                        self.rush.over().await;
+                        tokio::time::sleep(STARTING_WAITS).await;
+                    };
+                    tokio::select! {
+                        () = news.notified() => {}
+                        () = tokio::time::sleep_until(not_before) => {}
+                        () = rush_ends, if self.rush.is_on() => {}
+                    }
                     continue;
                 }
             };
@@ -373,7 +385,7 @@ impl Shared {
             return (Next::Nothing, 0);
         };
         let before = record.acknowledged;
-        let next = record.next(uid, SystemClock.now().mono);
+        let next = record.next(uid, SystemClock.now().mono, self.rush.is_on());
         record.sending = !matches!(next, Next::Nothing);
         let changed = record.acknowledged != before;
         let version = record.version;

@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::gate_width::Width;
-use crate::time::Clock;
+use crate::{rush::Rush, time::Clock};
 
 /// A permit is lent on when its call takes longer than this.
 const LEND_AFTER: Duration = Duration::from_secs(5);
@@ -56,6 +56,8 @@ pub struct StartGate(Arc<Shared>);
 
 struct Shared {
     clock: Option<Arc<dyn Clock>>,
+    /// On while anybody waits.
+    rush: Rush,
     inner: Mutex<Inner>,
 }
 
@@ -111,17 +113,17 @@ impl Drop for Permit {
 impl StartGate {
     /// Of one width for ever.
     pub fn new(width: usize) -> Self {
-        Self::with(Width::new(width, width), None)
+        Self::with(Width::new(width, width), None, Rush::default())
     }
 
-    /// Finds its width between `least` and `most` by how fast the calls under it end.
-    pub fn adaptive(least: usize, most: usize, clock: Arc<dyn Clock>) -> Self {
-        Self::with(Width::new(least, most), Some(clock))
+    /// Finds its width between `least` and `most` by how fast the calls under it end, and tells `rush` while anybody waits.
+    pub fn adaptive(least: usize, most: usize, clock: Arc<dyn Clock>, rush: Rush) -> Self {
+        Self::with(Width::new(least, most), Some(clock), rush)
     }
 
-    fn with(width: Width, clock: Option<Arc<dyn Clock>>) -> Self {
+    fn with(width: Width, clock: Option<Arc<dyn Clock>>, rush: Rush) -> Self {
         let inner = Inner { width, running: 0, next: 0, new_pods: 0, waiting: BTreeMap::new() };
-        Self(Arc::new(Shared { clock, inner: Mutex::new(inner) }))
+        Self(Arc::new(Shared { clock, rush, inner: Mutex::new(inner) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -154,6 +156,7 @@ impl StartGate {
             let number = inner.next;
             inner.next += 1;
             inner.waiting.insert((order, number), sender);
+            self.0.rush.set(true);
             receiver
         };
         // The sender is only dropped with the gate itself.
@@ -169,7 +172,9 @@ impl StartGate {
                 if inner.running >= inner.width.get() {
                     return;
                 }
-                let Some(next) = inner.next_waiter() else { return };
+                let next = inner.next_waiter();
+                self.0.rush.set(!inner.waiting.is_empty());
+                let Some(next) = next else { return };
                 inner.running += 1;
                 next
             };
@@ -286,6 +291,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn there_is_a_rush_while_anybody_waits() {
+        let clock = Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH));
+        let rush = Rush::default();
+        let gate = StartGate::adaptive(1, 1, clock, rush.clone());
+        let call = || async { tokio::time::sleep(Duration::from_secs(1)).await };
+        let pod = || gate.run(Order::new(None, 0), call());
+        let seen = async {
+            let mut seen = Vec::new();
+            for _ in 0..4 {
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                seen.push(rush.is_on());
+            }
+            seen
+        };
+        let ((), (), (), seen) = tokio::join!(pod(), pod(), pod(), seen);
+        assert_eq!(seen, [true, true, false, false]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_hung_call_lends_its_permit_on() {
         let gate = StartGate::new(1);
         let hung = tokio::spawn({
@@ -361,7 +385,7 @@ mod tests {
     }
 
     fn adaptive() -> StartGate {
-        StartGate::adaptive(2, 8, Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH)))
+        StartGate::adaptive(2, 8, Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH)), Rush::default())
     }
 
     #[tokio::test(start_paused = true)]

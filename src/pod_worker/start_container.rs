@@ -94,9 +94,8 @@ impl Start<'_> {
         let sandbox_config = sandbox_config(self.context, self.pod, self.sandbox.attempt, &users).map_err(refused)?;
         let mounted = self.timed("image_volumes", self.image_volumes(&sandbox_config)).await?;
         let image = self.timed("image", self.image(&sandbox_config)).await?;
-        let config = self.config(&image, &mounted, &users).await?;
+        let (config, ()) = tokio::try_join!(self.config(&image, &mounted, &users), self.record_resources())?;
         self.remove_never_started().await?;
-        self.record_resources().await?;
         let id = self.timed("create", self.create(config, sandbox_config)).await?;
         self.timed("start", self.start(&id)).await?;
         self.link_log(&id).await;

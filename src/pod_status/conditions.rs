@@ -100,8 +100,8 @@ fn restarting_all(input: &StatusInput<'_>, phase: &str) -> Verdict {
             false => Verdict::no("", ""),
         },
         (_, Some(runtime)) => {
-            let asked = restart_all::asked_for(input.pod, runtime, input.last, input.gates);
-            if asked && !restart_all::cleaned_up(input.pod, runtime) { started() } else { Verdict::no("", "") }
+            let going_on = restart_all::going_on(input.pod, runtime, input.last, input.gates);
+            if going_on { started() } else { Verdict::no("", "") }
         }
     }
 }

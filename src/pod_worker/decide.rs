@@ -214,9 +214,7 @@ fn sync(view: &PodView<'_>, pod: &Pod, rules: &Rules) -> Turn {
             return turn;
         }
     };
-    if restart_all::asked_for(pod, &runtime, &view.history.last_status, rules.gates)
-        && !restart_all::cleaned_up(pod, &runtime)
-    {
+    if restart_all::going_on(pod, &runtime, &view.history.last_status, rules.gates) {
         restart_all::reset(view, pod, &runtime, &mut turn);
         return turn;
     }

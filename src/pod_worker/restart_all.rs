@@ -37,6 +37,11 @@ pub fn asked_for(pod: &Pod, runtime: &PodRuntime, last: &corev1::PodStatus, gate
     begun || pod.containers().any(|c| runtime.latest(c.name()).is_some_and(|latest| is_source(pod, latest)))
 }
 
+/// Asked for, and something is left to be removed.
+pub fn going_on(pod: &Pod, runtime: &PodRuntime, last: &corev1::PodStatus, gates: LifecycleGates) -> bool {
+    asked_for(pod, runtime, last, gates) && !cleaned_up(pod, runtime)
+}
+
 /// No init or main container is left in the runtime: the reset is over.
 pub fn cleaned_up(pod: &Pod, runtime: &PodRuntime) -> bool {
     pod.containers().all(|c| runtime.latest(c.name()).is_none())
@@ -118,6 +123,20 @@ mod tests {
         assert_eq!(world.running(), ["a", "b", "s"]);
         assert_eq!(world.log, ["reset_containers", "start i 0", "start s 0", "start a 0", "start b 0"]);
         assert_eq!(world.runtime.sandboxes.len(), 1, "the sandbox stays");
+    }
+
+    #[test]
+    fn p36_a_pod_whose_mains_were_killed_for_it_has_not_finished() {
+        let mut world = World::new(pod(json!({"restartPolicy": "Never",
+            "initContainers": [{"name": "s", "image": "s", "restartPolicy": "Always", "restartPolicyRules": rules(&[42])}],
+            "containers": [{"name": "a", "image": "a"}]})));
+        world.settle();
+        world.exit("s", 42);
+        world.turn();
+        world.exit("a", 137);
+        assert_eq!(world.turn().phase, Phase::Syncing);
+        world.settle();
+        assert_eq!(world.running(), ["a", "s"]);
     }
 
     #[test]

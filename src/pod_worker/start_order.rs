@@ -53,8 +53,12 @@ enum AfterKill {
     Resized,
 }
 
-/// All main containers have ended for good, or an init container failed for good.
+/// All main containers have ended for good, or an init container failed for good. Those that are being removed for all to begin anew
+/// have not.
 pub(super) fn finished(pod: &Pod, runtime: &PodRuntime, view: &PodView<'_>, rules: &Rules) -> bool {
+    if restart_all::going_on(pod, runtime, &view.history.last_status, rules.gates) {
+        return false;
+    }
     let over = |c: ContainerRef<'_>| {
         runtime.latest(c.name()).is_some_and(|latest| {
             latest.state == ContainerState::Exited

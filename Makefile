@@ -3,7 +3,7 @@ HARNESS = python3 -m e2e.harness
 AGENT ?= rkubelet
 export AGENT
 
-.PHONY: up down status logs shell agent e2e test conformance bench probe-load vm-up vm-down vm-shell vm-test
+.PHONY: up down status logs shell agent e2e test conformance bench differential probe-load vm-up vm-down vm-shell vm-test
 
 up:       ; @$(HARNESS) up
 down:     ; @$(HARNESS) down
@@ -16,6 +16,9 @@ bench:    ; @$(HARNESS) bench $(BENCH)
 
 # `make probe-load RATE=1700 SECONDS=600 AGENTS=kubelet,rkubelet`
 probe-load: ; @RATE='$(RATE)' SECONDS='$(SECONDS)' $(HARNESS) probe-load
+
+# The same generated pods on both agents, compared. Heeds SEED, PODS, ONLY, AGENTS, AGAINST, FAULT: see e2e/README.md.
+differential: ; @$(HARNESS) differential
 
 # A VM as a second node of the running cluster: systemd, cgroup v2, AppArmor, reboot.
 vm-up:    ; @$(HARNESS) vm-up
@@ -32,6 +35,7 @@ conformance:
 # What CI runs. `down` runs after failing cases too, and its own verdict counts.
 test:
 	@if [ -e Cargo.toml ]; then cargo test --workspace; else echo 'no Cargo.toml yet: cargo test is left out'; fi
+	@python3 -m unittest -q e2e.differential.test_pure
 	@$(HARNESS) up && $(HARNESS) test main_job lifecycle bad_pods node bad_input kill9; verdict=$$?; \
 	if [ $$verdict != 0 ]; then $(HARNESS) logs $(AGENT) --lines=60; fi; \
 	$(HARNESS) down && exit $$verdict

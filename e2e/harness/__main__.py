@@ -34,6 +34,8 @@ def main() -> int:
     bench = verbs.add_parser("bench", help="measure the bare runtime and the agents of AGENTS, one table")
     bench.add_argument("names", nargs="*")
     verbs.add_parser("probe-load", help="RATE probes a second for SECONDS on the agents of AGENTS: lateness, memory, sockets")
+    differential = verbs.add_parser("differential", help="run generated pods on the agents of AGENTS and compare them")
+    differential.add_argument("--dry-run", action="store_true", help="only show the pods")
     arguments = parser.parse_args()
     try:
         return 0 if _do(arguments) is not False else 1
@@ -86,6 +88,10 @@ def _do(arguments: argparse.Namespace) -> bool | None:
             from e2e.harness import probe_load
 
             return probe_load.run_probe_load()
+        case "differential":
+            from e2e.differential import command
+
+            return command.run_differential(arguments.dry_run)
 
 
 def _logs(names: list[str], lines: int) -> bool:

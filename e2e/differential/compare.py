@@ -1,0 +1,64 @@
+"""Compares what two agents showed of the same pods, field by field. Pure.
+
+EXPLAINED is the whole list of differences that are accepted; each names the field, the values and the cause.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Callable
+
+from e2e.differential.plan import Plan
+from e2e.differential.view import view
+
+REFERENCE, OURS = "kubelet", "rkubelet"
+ABSENT = "<absent>"
+
+
+@dataclass(frozen=True)
+class Difference:
+    pod: str
+    path: str  # from the view's top, with " / " between
+    theirs: object
+    ours: object
+    explained: str = ""  # the cause
+
+
+@dataclass(frozen=True)
+class Explanation:
+    path: re.Pattern[str]  # of the whole path
+    applies: Callable[[object, object, Plan], bool]  # theirs, ours, the pod's plan
+    cause: str
+
+
+EXPLAINED: tuple[Explanation, ...] = ()
+
+
+def compare(plans: list[Plan], theirs: list[dict], ours: list[dict]) -> list[Difference]:
+    """`theirs` and `ours` are the runner's records of these plans."""
+    their, our = ({record["number"]: record for record in records} for records in (theirs, ours))
+    found = []
+    for plan in plans:
+        if plan.number not in their or plan.number not in our:
+            found.append(Difference(plan.name, "record", plan.number in their, plan.number in our))
+            continue
+        for path, one, other in differences(view(their[plan.number], plan), view(our[plan.number], plan)):
+            found.append(Difference(plan.name, path, one, other, explanation(path, one, other, plan)))
+    return found
+
+
+def explanation(path: str, theirs: object, ours: object, plan: Plan) -> str:
+    for known in EXPLAINED:
+        if known.path.fullmatch(path) and known.applies(theirs, ours, plan):
+            return known.cause
+    return ""
+
+
+def differences(theirs: object, ours: object, path: str = "") -> list[tuple[str, object, object]]:
+    """(path, theirs, ours) of the smallest parts that differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = []
+        for key in sorted({*theirs, *ours}):
+            inner = f"{path} / {key}" if path else key
+            found += differences(theirs.get(key, ABSENT), ours.get(key, ABSENT), inner)
+        return found
+    return [] if theirs == ours else [(path, theirs, ours)]

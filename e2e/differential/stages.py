@@ -1,0 +1,49 @@
+"""Whether a pod, as the API server shows it, is in the state that a stage asks for. Pure."""
+
+from e2e.differential.plan import Expected, Stage
+
+
+def reached(stage: Stage, pod: dict, events: set[tuple[str, str]]) -> bool:
+    return not missing(stage, pod, events)
+
+
+def missing(stage: Stage, pod: dict, events: set[tuple[str, str]]) -> list[str]:
+    """What is not yet as the stage asks; `events` are the (reason, container) seen of this pod."""
+    status = pod.get("status", {})
+    wrong = []
+    if stage.phase and status.get("phase") not in stage.phase.split("|"):
+        wrong.append(f"phase is {status.get('phase')}, not {stage.phase}")
+    if stage.reason and status.get("reason") != stage.reason:
+        wrong.append(f"reason is {status.get('reason')}, not {stage.reason}")
+    if stage.sandbox_gone and condition(pod, "PodReadyToStartContainers") != "False":
+        wrong.append("the sandbox is not gone")
+    statuses = {container["name"]: container for container in container_statuses(pod)}
+    for name, expected in stage.containers.items():
+        wrong += [f"{name}: {text}" for text in _container(expected, statuses.get(name))]
+    wrong += [f"no event {reason} of {container}" for reason, container in stage.events if (reason, container) not in events]
+    return wrong
+
+
+def condition(pod: dict, type_: str) -> str | None:
+    return next((c["status"] for c in pod.get("status", {}).get("conditions", []) if c["type"] == type_), None)
+
+
+def container_statuses(pod: dict) -> list[dict]:
+    status = pod.get("status", {})
+    return status.get("initContainerStatuses", []) + status.get("containerStatuses", [])
+
+
+def _container(expected: Expected, status: dict | None) -> list[str]:
+    if status is None:
+        return ["no status"]
+    wrong = []
+    state = next(iter(status.get("state", {})), "waiting")
+    if state != expected.state:
+        wrong.append(f"{state}, not {expected.state}")
+    reason = status.get("state", {}).get(state, {}).get("reason")
+    if expected.reason is not None and reason != expected.reason:
+        wrong.append(f"reason {reason}, not {expected.reason}")
+    for field, wanted in (("restartCount", expected.restarts), ("ready", expected.ready), ("started", expected.started)):
+        if wanted is not None and status.get(field) != wanted:
+            wrong.append(f"{field} is {status.get(field)}, not {wanted}")
+    return wrong

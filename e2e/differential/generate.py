@@ -31,6 +31,7 @@ KINDS = {
     "cannot start": 7,  # image, configuration or command are not there
     "deleted at once": 4,  # right after its creation
     "rejected": 2,  # the node does not take it
+    "hook hangs": 3,  # deleted while a postStart hook runs
 }
 GRACE_POLITE, GRACE_DEAF, DEADLINE = 20, 3, 4
 
@@ -46,7 +47,7 @@ def plan(seed: int, number: int) -> Plan:
     # The first pods are one of each kind, so that small runs have all of them too.
     kind = kinds[number] if number < len(kinds) else rng.choices(kinds, KINDS.values())[0]
     made = _BUILDERS[kind](rng, number)
-    deaf = any(container.on_term is None for container in made.containers)
+    deaf = any(container.on_term is None or any(hook.hangs for hook in container.hooks.values()) for container in made.containers)
     grace = GRACE_DEAF if deaf else GRACE_POLITE
     return replace(made, kind=kind, grace=grace, delete_grace=rng.choice((None, None, None, GRACE_DEAF + 1)) if deaf else None)
 
@@ -198,10 +199,18 @@ def _rejected(rng: random.Random, number: int) -> Plan:
     return replace(_plan(number, policy, containers, [Stage(phase="Failed")]), wrong_node=True)
 
 
+def _hook_hangs(rng: random.Random, number: int) -> Plan:
+    policy = rng.choice(POLICIES)
+    before = _starters(rng, policy, at_most=1, sidecars_restart=False)
+    hanging = Container("hanging", MAIN, (Run(HOLD),), hooks={POST_START: Hook("exec", hangs=True)})
+    later = [Container("main-0", MAIN, (Run(HOLD),))] if rng.random() < 0.5 else []
+    return _plan(number, policy, before + [hanging] + later, [Stage(phase="Pending", mark=f"hanging.{POST_START}.hangs")])
+
+
 _BUILDERS = {
     "completes": _completes, "stays": _stays, "init holds": _init_holds, "sidecar not up": _sidecar_not_up,
     "crash loop": _crash_loop, "unready": _unready, "deadline": _deadline, "cannot start": _cannot_start,
-    "deleted at once": _deleted_at_once, "rejected": _rejected,
+    "deleted at once": _deleted_at_once, "rejected": _rejected, "hook hangs": _hook_hangs,
 }
 
 
@@ -300,7 +309,7 @@ def _hooks(rng: random.Random) -> dict[str, Hook]:
         hooks[POST_START] = Hook(rng.choice(HOOK_KINDS))
     if rng.random() < 0.3:
         kind = rng.choice(HOOK_KINDS)
-        hooks[PRE_STOP] = Hook(kind, works=kind == "sleep" or rng.random() < 0.7)
+        hooks[PRE_STOP] = Hook(kind, works=kind == "sleep" or rng.random() < 0.7, hangs=kind == "exec" and rng.random() < 0.15)
     return hooks
 
 

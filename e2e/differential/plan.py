@@ -30,6 +30,7 @@ class Run:
 class Hook:
     kind: str  # exec, httpGet, sleep
     works: bool = True
+    hangs: bool = False  # never ends by itself; of kind exec
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Stage:
     reason: str | None = None
     sandbox_gone: bool = False  # condition PodReadyToStartContainers is False
     events: tuple[tuple[str, str], ...] = ()  # (reason, container) that were seen
+    mark: str = ""  # a file that the pod has made in its folder on the host
 
 
 @dataclass(frozen=True)

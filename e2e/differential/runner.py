@@ -105,6 +105,9 @@ class _Runner:
                 self._take_event(event.object) if source == "events" else self._take_pod(event)
             except queue.Empty:
                 pass
+            for observed in list(self._active.values()):
+                if observed.plan.stages[observed.stage].mark:  # nothing in the API tells of marks
+                    self._look(observed)
             self._give_up_overdue()
             if len(self._records) >= shown + 25:
                 shown = len(self._records)
@@ -141,12 +144,17 @@ class _Runner:
 
     def _look(self, observed: _Observed) -> None:
         """Goes on to the next stages as far as they are reached."""
-        seen = {(event["reason"], _container_of(event["fieldPath"])) for event in self._events.get(observed.uid, {}).values()}
-        while not observed.deleting and stages.reached(observed.plan.stages[observed.stage], observed.pod, seen):
+        while not observed.deleting and not self._missing(observed):
             if observed.stage + 1 < len(observed.plan.stages):
                 observed.stage += 1
             else:
                 self._delete(observed)
+
+    def _missing(self, observed: _Observed) -> list[str]:
+        """What the pod lacks of the stage that it is to reach next."""
+        seen = {(event["reason"], _container_of(event["fieldPath"])) for event in self._events.get(observed.uid, {}).values()}
+        folder = self._site.life / observed.plan.name
+        return stages.missing(observed.plan.stages[observed.stage], observed.pod, seen, lambda mark: (folder / mark).exists())
 
     def _delete(self, observed: _Observed, grace: int | None = None) -> None:
         name, plan = observed.plan.name, observed.plan
@@ -171,9 +179,7 @@ class _Runner:
             if now - observed.since < self._patience:
                 continue
             if not observed.deleting:
-                seen = {(event["reason"], _container_of(event["fieldPath"])) for event in self._events.get(observed.uid, {}).values()}
-                missing = stages.missing(observed.plan.stages[observed.stage], observed.pod, seen)
-                observed.overdue.append(f"stage {observed.stage}: {'; '.join(missing)}")
+                observed.overdue.append(f"stage {observed.stage}: {'; '.join(self._missing(observed))}")
                 self._delete(observed)
             else:
                 observed.overdue.append("the pod is not gone")

@@ -1,14 +1,16 @@
 """Whether a pod, as the API server shows it, is in the state that a stage asks for. Pure."""
 
+from typing import Callable
+
 from e2e.differential.plan import Expected, Stage
 
 
-def reached(stage: Stage, pod: dict, events: set[tuple[str, str]]) -> bool:
-    return not missing(stage, pod, events)
+def reached(stage: Stage, pod: dict, events: set[tuple[str, str]], marks: Callable[[str], bool]) -> bool:
+    return not missing(stage, pod, events, marks)
 
 
-def missing(stage: Stage, pod: dict, events: set[tuple[str, str]]) -> list[str]:
-    """What is not yet as the stage asks; `events` are the (reason, container) seen of this pod."""
+def missing(stage: Stage, pod: dict, events: set[tuple[str, str]], marks: Callable[[str], bool]) -> list[str]:
+    """What is not yet as the stage asks; `events` are the (reason, container) seen of this pod, `marks` says whether it made a mark."""
     status = pod.get("status", {})
     wrong = []
     if stage.phase and status.get("phase") not in stage.phase.split("|"):
@@ -21,6 +23,8 @@ def missing(stage: Stage, pod: dict, events: set[tuple[str, str]]) -> list[str]:
     for name, expected in stage.containers.items():
         wrong += [f"{name}: {text}" for text in _container(expected, statuses.get(name))]
     wrong += [f"no event {reason} of {container}" for reason, container in stage.events if (reason, container) not in events]
+    if stage.mark and not marks(stage.mark):
+        wrong.append(f"no mark {stage.mark}")
     return wrong
 
 

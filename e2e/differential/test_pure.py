@@ -97,9 +97,11 @@ class Stages(unittest.TestCase):
             (Stage(phase="Succeeded|Failed"), False),
             (Stage(reason="DeadlineExceeded"), False),
             (Stage(sandbox_gone=True), False),
+            (Stage(mark="here"), True),
+            (Stage(mark="not here"), False),
         ]
         for stage, expected in cases:
-            self.assertEqual(stages.reached(stage, self.POD, {("BackOff", "main")}), expected, stage)
+            self.assertEqual(stages.reached(stage, self.POD, {("BackOff", "main")}, {"here"}.__contains__), expected, stage)
 
 
 PLAN = Plan(0, "stays", "Always", (

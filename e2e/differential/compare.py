@@ -26,11 +26,22 @@ class Difference:
 @dataclass(frozen=True)
 class Explanation:
     path: re.Pattern[str]  # of the whole path
-    applies: Callable[[object, object, Plan], bool]  # theirs, ours, the pod's plan
+    applies: Callable[[str, object, object, Plan], bool]  # path, theirs, ours, the pod's plan
     cause: str
 
 
-EXPLAINED: tuple[Explanation, ...] = ()
+def _meets_its_end(path: str, theirs: object, ours: object, plan: Plan) -> bool:
+    """An Unhealthy event that one agent has, of a probe that passes as long as its container runs."""
+    match = re.search(r"\{(\S+)\} by kubelet: (Liveness|Readiness|Startup) probe (errored and|failed)", path)
+    if not match or ABSENT not in (theirs, ours):
+        return False
+    return match[3] != "failed" or (match[1], f"{match[2].lower()}Probe") not in plan.meant_to_fail()
+
+
+EXPLAINED: tuple[Explanation, ...] = (
+    Explanation(re.compile("events / Warning Unhealthy .*", re.DOTALL), _meets_its_end,
+                "a probe that was under way when its container ended fails or not by chance, on either agent"),
+)
 
 
 def compare(plans: list[Plan], theirs: list[dict], ours: list[dict]) -> list[Difference]:
@@ -48,7 +59,7 @@ def compare(plans: list[Plan], theirs: list[dict], ours: list[dict]) -> list[Dif
 
 def explanation(path: str, theirs: object, ours: object, plan: Plan) -> str:
     for known in EXPLAINED:
-        if known.path.fullmatch(path) and known.applies(theirs, ours, plan):
+        if known.path.fullmatch(path) and known.applies(path, theirs, ours, plan):
             return known.cause
     return ""
 

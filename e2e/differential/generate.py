@@ -202,7 +202,7 @@ def _rejected(rng: random.Random, number: int) -> Plan:
 def _hook_hangs(rng: random.Random, number: int) -> Plan:
     policy = rng.choice(POLICIES)
     before = _starters(rng, policy, at_most=1, sidecars_restart=False)
-    hanging = Container("hanging", MAIN, (Run(HOLD),), hooks={POST_START: Hook("exec", hangs=True)})
+    hanging = Container("hanging", MAIN, (Run(HOLD),), hooks={POST_START: Hook("exec", hangs=True)})  # for some seconds
     later = [Container("main-0", MAIN, (Run(HOLD),))] if rng.random() < 0.5 else []
     return _plan(number, policy, before + [hanging] + later, [Stage(phase="Pending", mark=f"hanging.{POST_START}.hangs")])
 

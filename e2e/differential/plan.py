@@ -30,7 +30,7 @@ class Run:
 class Hook:
     kind: str  # exec, httpGet, sleep
     works: bool = True
-    hangs: bool = False  # never ends by itself; of kind exec
+    hangs: bool = False  # preStop: never ends by itself; postStart: takes long; of kind exec
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,12 @@ class Plan:
     @property
     def name(self) -> str:
         return f"pod-{self.number:03}"
+
+    def meant_to_fail(self) -> set[tuple[str, str]]:
+        """(container, probe) of the probes that fail by intent."""
+        broken = {UNWELL: LIVENESS, NEVER_UP: STARTUP, LOSES_READINESS: READINESS, NEVER_READY: READINESS}
+        failing = {(container.name, broken[run.kind]) for container in self.containers for run in container.runs if run.kind in broken}
+        return failing | {(c.name, which) for c in self.containers for which, probe in c.probes.items() if probe.late}
 
     def of(self, *roles: str) -> list[Container]:
         return [container for container in self.containers if container.role in roles]

@@ -94,7 +94,8 @@ def _hook_script(container: Container, which: str, hook: Hook) -> str:
     name = container.name
     lines = [f"read up _ < /proc/uptime; echo $up {name} hook {which} >> /life/order"]
     if hook.hangs:
-        return "; ".join([*lines, f": > /life/{name}.{which}.hangs", "sleep 600"])
+        # The Go kubelet does nothing else with a pod before its postStart hooks have ended, not even with a deleted one.
+        return "; ".join([*lines, f": > /life/{name}.{which}.hangs", f"sleep {8 if which == POST_START else 600}"])
     if which == POST_START:
         # The start that this hook belongs to; the container must be able to take a signal when a failed hook ends it.
         lines.insert(0, f"n=0; while [ -e /life/{name}.$n.hook ]; do n=$((n+1)); done; : > /life/{name}.$n.hook; "

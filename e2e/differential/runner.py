@@ -24,7 +24,7 @@ from e2e.harness.steps import say
 AT_ONCE = 24
 PATIENCE = 120
 # Back-offs that are short, and the same each time; no limit on pulls, whose message would come by chance.
-CONFIG = {"crashLoopBackOff": {"maxContainerRestartPeriod": "5s"}, "registryPullQPS": 0}
+CONFIG = {"crashLoopBackOff": {"maxContainerRestartPeriod": "8s"}, "registryPullQPS": 0}
 # Eager readiness tries probes at other times, so another number of them fails.
 ARGUMENTS = {"rkubelet": ("--eager-first-readiness=false",), "kubelet": ()}
 LIFE = layout.STATE / "differential"
@@ -43,6 +43,7 @@ class _Observed:
     at_stage: dict | None = None  # its status when the last stage was reached
     logs_at_stage: list[str] = field(default_factory=list)
     overdue: list[str] = field(default_factory=list)
+    nudged: set[int] = field(default_factory=set)  # numbers of starts after which it was nudged
     deleting: bool = False
 
 
@@ -130,7 +131,21 @@ class _Runner:
             "component": event.get("reportingComponent") or event.get("source", {}).get("component", "")}
         observed = self._active.get(about.get("name", ""))
         if observed:
+            if event["reason"] == "BackOff":
+                self._nudge(observed)
             self._look(observed)
+
+    def _nudge(self, observed: _Observed) -> None:
+        """Has the agent look at a pod whose container has begun to wait in a back-off.
+
+        The Go kubelet reports that wait when it looks at the pod next, which may be the moment when it ends.
+        """
+        starts = len(list((self._site.life / observed.plan.name).glob("*.up")))
+        if observed.deleting or starts in observed.nudged:
+            return
+        observed.nudged.add(starts)
+        path = self._cluster.path("pods", self._site.namespace, observed.plan.name)
+        self._cluster.api.patch(path, {"metadata": {"annotations": {"differential/nudged-after-starts": str(starts)}}})
 
     def _take_pod(self, event: Event) -> None:
         observed = self._active.get(event.object["metadata"]["name"])

@@ -191,7 +191,7 @@ class Comparison(unittest.TestCase):
             self.assertTrue(self._found(ours), path)
 
     def test_an_explained_difference_is_told_apart_by_path_and_values(self) -> None:
-        known = compare.Explanation(re.compile("final / phase"), lambda theirs, ours, _: ours == "Failed", "for a reason")
+        known = compare.Explanation(re.compile("final / phase"), lambda _path, _theirs, ours, _plan: ours == "Failed", "for a reason")
         before, compare.EXPLAINED = compare.EXPLAINED, (known,)
         try:
             for phase, cause in (("Failed", "for a reason"), ("Pending", "")):

@@ -10,7 +10,7 @@ from e2e.differential.plan import INIT, MAIN, SIDECAR, Plan
 _TIMES = {"startTime", "startedAt", "finishedAt", "lastTransitionTime", "lastProbeTime"}
 _DROPPED = {"containerID", "resourceVersion"}  # random, and the runtime's
 # Reasons whose events come as often as chance has it: how often a probe ran, a back-off was met.
-_COUNTLESS = {"Unhealthy", "BackOff", "Failed", "Pulling", "ErrImageNeverPull", "InspectFailed", "ProbeWarning"}
+_COUNTLESS = {"Unhealthy", "BackOff", "Failed", "Pulling", "ErrImageNeverPull", "InspectFailed", "ProbeWarning", "DeadlineExceeded"}
 
 
 def view(record: dict, plan: Plan) -> dict:

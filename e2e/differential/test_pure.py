@@ -10,7 +10,8 @@ from pathlib import Path
 
 from e2e.differential import compare, faults, generate, log_collector, render, stages, view
 from e2e.differential.plan import (
-    EXIT, HOLD, INIT, MAIN, POST_START, PRE_STOP, RUNNING, SIDECAR, TERMINATED, WAITING, Container, Expected, Plan, Run, Stage)
+    EXIT, HOLD, INIT, MAIN, NEVER_READY, POST_START, PRE_STOP, READINESS, RUNNING, SIDECAR, TERMINATED, WAITING, Container, Expected, Plan,
+    Probe, Run, Stage)
 
 SITE = render.Site("differential-1", "node-1", "busybox", Path("/life"), "192.0.2.1", 4321)
 PLANS = [plan for seed in (1, 2, 3) for plan in generate.plans(seed, 200)]
@@ -200,6 +201,16 @@ class Comparison(unittest.TestCase):
                 self.assertEqual([difference.explained for difference in self._found(ours)], [cause])
         finally:
             compare.EXPLAINED = before
+
+    def test_probes_that_meet_the_end_are_explained_only_where_none_fails_by_intent(self) -> None:
+        unready = Plan(0, "unready", "Always", (Container("main", MAIN, (Run(NEVER_READY),), probes={READINESS: Probe("exec")}),
+                                                Container("other", MAIN, (Run(HOLD),), probes={READINESS: Probe("exec")})), (Stage(),), 20)
+        failed, errored = "Readiness probe failed: ", "Readiness probe errored and resulted in unknown state: gone"
+        cases = [("other", failed, compare.ABSENT, True), ("main", failed, compare.ABSENT, False), ("main", errored, compare.ABSENT, True),
+                 ("other", errored, "some", False), ("other", "Probe warning: ", compare.ABSENT, False)]
+        for container, message, theirs, explained in cases:
+            path = f"events / Warning Unhealthy spec.containers{{{container}}} by kubelet: {message}"
+            self.assertEqual(bool(compare.explanation(path, theirs, "some", unready)), explained, (path, theirs))
 
     def test_promised_orders(self) -> None:
         self.assertTrue(all(view.order_facts(PLAN, LIFE).values()))

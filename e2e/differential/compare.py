@@ -52,6 +52,9 @@ def compare(plans: list[Plan], theirs: list[dict], ours: list[dict]) -> list[Dif
         if plan.number not in their or plan.number not in our:
             found.append(Difference(plan.name, "record", plan.number in their, plan.number in our))
             continue
+        if (theirs_overdue := their[plan.number]["overdue"]) or our[plan.number]["overdue"]:
+            # Even if both are: then the plan is not what a pod does, and nothing was compared at its stage.
+            found.append(Difference(plan.name, "overdue", theirs_overdue, our[plan.number]["overdue"]))
         for path, one, other in differences(view(their[plan.number], plan), view(our[plan.number], plan)):
             found.append(Difference(plan.name, path, one, other, explanation(path, one, other, plan)))
     return found

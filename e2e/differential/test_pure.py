@@ -147,6 +147,11 @@ class Comparison(unittest.TestCase):
     def _found(self, ours: dict) -> list[compare.Difference]:
         return compare.compare([PLAN], [_record("kubelet")], [ours])
 
+    def test_a_pod_that_is_overdue_on_both_is_not_equal(self) -> None:
+        theirs, ours = _record("kubelet"), _record("rkubelet")
+        theirs["overdue"] = ours["overdue"] = ["stage 0: phase is Pending, not Running"]
+        self.assertTrue(compare.compare([PLAN], [theirs], [ours]))
+
     def test_what_is_random_is_no_difference(self) -> None:
         self.assertEqual(self._found(_record("rkubelet")), [])
 

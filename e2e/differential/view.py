@@ -17,9 +17,8 @@ def view(record: dict, plan: Plan) -> dict:
     scrub = _scrubber(record)
     events = [{**event, "message": scrub(event["message"])} for event in record["events"]]
     if plan.loose:
-        return {"overdue": record["overdue"], "kinds of events": sorted({event["type"] for event in events} - {"Normal"})}
+        return {"kinds of events": sorted({event["type"] for event in events} - {"Normal"})}
     return {
-        "overdue": record["overdue"],
         "at stage": _status(record["at_stage"], record, scrub),
         "final": _status(record["final"], record, scrub),
         "events": _events(events),

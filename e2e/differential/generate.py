@@ -33,7 +33,7 @@ KINDS = {
     "rejected": 2,  # the node does not take it
     "hook hangs": 3,  # deleted while a postStart hook runs
 }
-GRACE_POLITE, GRACE_DEAF, DEADLINE = 20, 3, 4
+GRACE_POLITE, GRACE_DEAF, DEADLINE = 20, 3, 20
 
 
 def plans(seed: int, count: int) -> list[Plan]:
@@ -158,7 +158,7 @@ def _deadline(rng: random.Random, number: int) -> Plan:
     ended = Stage({container.name: Expected(TERMINATED) for container in containers}, phase="Failed", reason="DeadlineExceeded",
                   sandbox_gone=True)
     ran = Stage({container.name: Expected(RUNNING, 0) for container in containers})
-    return replace(_plan(number, policy, containers, [ran, ended]), deadline=DEADLINE + 3 * len(containers))
+    return replace(_plan(number, policy, containers, [ran, ended]), deadline=DEADLINE)
 
 
 def _cannot_start(rng: random.Random, number: int) -> Plan:

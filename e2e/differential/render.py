@@ -145,7 +145,7 @@ def script(plan: Plan, container: Container, first_port: int) -> str:
     return "\n".join(lines)
 
 
-MAX_NAPS = 200  # of a tenth of a second: nothing waits for ever
+MAX_NAPS = 600  # of a tenth of a second: nothing waits for ever
 
 
 def _serve(which: str, probe: Probe, port: int) -> list[str]:
@@ -189,7 +189,9 @@ def _run(plan: Plan, container: Container, number: int, run: Run, ports: dict[st
             steps.append("echo last words >&2")
         steps.append(f"nap 0.3; end {run.code}")
     elif broken and run.kind in (UNWELL, LOSES_READINESS):
-        steps.append(f"nap 3.5; say goes bad; {_down(broken, probes[broken])}; hold")
+        # Whoever watches makes the mark of stage 1 when it has seen the container ready.
+        first = "nap 3.5" if run.kind == UNWELL else "after stage.1"
+        steps.append(f"{first}; say goes bad; {_down(broken, probes[broken])}; hold")
     else:
         steps.append("hold")
     return "; ".join(steps)

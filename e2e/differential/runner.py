@@ -162,6 +162,7 @@ class _Runner:
         while not observed.deleting and not self._missing(observed):
             if observed.stage + 1 < len(observed.plan.stages):
                 observed.stage += 1
+                (self._site.life / observed.plan.name / f"stage.{observed.stage}").touch()
             else:
                 self._delete(observed)
 

@@ -186,7 +186,8 @@ def _run(plan: Plan, container: Container, number: int, run: Run, ports: dict[st
         if run.message:
             steps.append(f"printf '{run.message}' > /dev/termination-log".replace("\n", "\\n"))
         if container.log_fallback:
-            steps.append("echo last words >&2")
+            # Lines of two streams that come at once have no order.
+            steps.append("nap 0.4; echo last words >&2; nap 0.4")
         steps.append(f"nap 0.3; end {run.code}")
     elif broken and run.kind in (UNWELL, LOSES_READINESS):
         # Whoever watches makes the mark of stage 1 when it has seen the container ready.

@@ -36,7 +36,7 @@ class LogCollector:
         with self._lock:
             for folder in self._pod_logs.glob(f"{self._namespace}_*"):
                 files = self._open.setdefault(folder.name, {})
-                for path in folder.glob("*/*"):
+                for path in _files(folder):
                     name = str(path.relative_to(folder))
                     if name not in files:
                         try:
@@ -60,6 +60,13 @@ class LogCollector:
                 with opened:
                     taken[name] = {**_lines(opened.read()), "linked": str(self._pod_logs / folder / name) in self._linked}
         return taken
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return list(folder.glob("*/*"))
+    except FileNotFoundError:  # a folder went during the look; the next one is soon
+        return []
 
 
 def _lines(content: bytes) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from typing import Callable
 
-from e2e.differential.plan import Expected, Stage
+from e2e.differential.plan import RUNNING, Expected, Stage
 
 
 def reached(stage: Stage, pod: dict, events: set[tuple[str, str]], marks: Callable[[str], bool]) -> bool:
@@ -22,6 +22,8 @@ def missing(stage: Stage, pod: dict, events: set[tuple[str, str]], marks: Callab
     statuses = {container["name"]: container for container in container_statuses(pod)}
     for name, expected in stage.containers.items():
         wrong += [f"{name}: {text}" for text in _container(expected, statuses.get(name))]
+        if expected.state == RUNNING and expected.restarts is not None and not marks(f"{name}.{expected.restarts}.up"):
+            wrong.append(f"{name}: its script has not come so far that it can take a signal")
     wrong += [f"no event {reason} of {container}" for reason, container in stage.events if (reason, container) not in events]
     if stage.mark and not marks(stage.mark):
         wrong.append(f"no mark {stage.mark}")

@@ -93,6 +93,7 @@ class Stages(unittest.TestCase):
             (Stage({"main": Expected(TERMINATED)}), False),
             (Stage({"main": Expected(WAITING, reason="PodInitializing")}), False),
             (Stage({"side": Expected(RUNNING, ready=False)}), False),
+            (Stage({"side": Expected(RUNNING, 2)}), False),
             (Stage({"side": Expected(RUNNING, started=False)}), False),
             (Stage({"other": Expected(RUNNING)}), False),
             (Stage(phase="Succeeded|Failed"), False),
@@ -102,7 +103,7 @@ class Stages(unittest.TestCase):
             (Stage(mark="not here"), False),
         ]
         for stage, expected in cases:
-            self.assertEqual(stages.reached(stage, self.POD, {("BackOff", "main")}, {"here"}.__contains__), expected, stage)
+            self.assertEqual(stages.reached(stage, self.POD, {("BackOff", "main")}, {"here", "side.1.up"}.__contains__), expected, stage)
 
 
 PLAN = Plan(0, "stays", "Always", (

@@ -129,7 +129,9 @@ def order_facts(plan: Plan, lines: list[str]) -> dict[str, bool]:
                 promise(f"{one.name} has ended when {other.name} starts", last_line.get(one.name), first_start.get(other.name))
             else:
                 promise(f"{one.name} starts before {other.name}", first_start.get(one.name), first_start.get(other.name))
-    sidecars = plan.of(SIDECAR)
+    # Once the grace is used up all that still run are told at once.
+    deaf = any(c.on_term is None or any(hook.hangs for hook in c.hooks.values()) for c in plan.containers)
+    sidecars = [] if deaf else plan.of(SIDECAR)
     for position, sidecar in enumerate(sidecars):
         for main in plan.of(MAIN):
             promise(f"{main.name} has ended when {sidecar.name} is told to stop", last_line.get(main.name), told.get(sidecar.name))

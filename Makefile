@@ -3,7 +3,7 @@ HARNESS = python3 -m e2e.harness
 AGENT ?= rkubelet
 export AGENT
 
-.PHONY: up down status logs shell agent e2e test conformance bench differential probe-load vm-up vm-down vm-shell vm-test
+.PHONY: up down status logs shell agent e2e test soak conformance bench differential probe-load vm-up vm-down vm-shell vm-test
 
 up:       ; @$(HARNESS) up
 down:     ; @$(HARNESS) down
@@ -31,6 +31,11 @@ LIST ?= part1
 PROCS ?= 14
 conformance:
 	@$(HARNESS) conformance --list='$(LIST)' --focus='$(FOCUS)' --skip='$(SKIP)' --procs=$(PROCS)
+
+# 500 pods through 24 virtual hours of faults, in one process. `cargo test` runs a short form. SEED=<n> for another day.
+SEED ?= 1
+soak:
+	RKUBELET_SOAK=full RKUBELET_SOAK_SEED=$(SEED) cargo test --test in_memory soak::everything -- --nocapture
 
 # What CI runs. `down` runs after failing cases too, and its own verdict counts.
 test:

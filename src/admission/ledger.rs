@@ -116,6 +116,12 @@ impl NodeAdmission {
         Self(Arc::new(Inner { parts, ledger: Mutex::default() }))
     }
 
+    /// How many pods something is kept of.
+    pub fn pods(&self) -> usize {
+        let ledger = self.0.lock();
+        ledger.entries.len().max(ledger.reread.len())
+    }
+
     fn carry_out(&self, consequences: Consequences) {
         let parts = &self.0.parts;
         for (pod, reason, message) in consequences.events {

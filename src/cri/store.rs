@@ -81,6 +81,23 @@ struct State {
 /// One reader at a time per pod, and how its last attempt failed.
 type ReadTurn = Arc<tokio::sync::Mutex<Option<(Seq, CriError)>>>;
 
+/// Who reads a pod or waits for its turn. The last to leave takes the turn away: reads may come after the pod's worker has gone.
+struct Reading<'a> {
+    store: &'a RuntimeStore,
+    uid: &'a PodUid,
+    turn: ReadTurn,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let mut turns = lock(&self.store.turns);
+        // The table's and this one.
+        if Arc::strong_count(&self.turn) == 2 {
+            turns.remove(self.uid);
+        }
+    }
+}
+
 /// How much of what is listed is asked for again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Depth {
@@ -150,6 +167,11 @@ impl RuntimeStore {
         held.chain(&state.unread).cloned().collect()
     }
 
+    /// How many pods something is kept of, be it only that nothing is left of them.
+    pub fn pods(&self) -> usize {
+        lock(&self.state).pods.len().max(lock(&self.turns).len())
+    }
+
     /// The next point in the order of reads and action ends.
     pub fn draw(&self) -> Seq {
         Seq(self.seq.fetch_add(1, Ordering::SeqCst) + 1)
@@ -161,11 +183,6 @@ impl RuntimeStore {
         if state.listed.is_some() && state.pods.get(uid).is_some_and(|entry| entry.runtime().is_empty()) {
             state.pods.remove(uid);
         }
-        drop(state);
-        let mut turns = lock(&self.turns);
-        if turns.get(uid).is_some_and(|turn| Arc::strong_count(turn) == 1) {
-            turns.remove(uid);
-        }
     }
 
     /// Reads one pod: its lists, then the details of all that lives. What it returns was read after this call began; calls that
@@ -173,7 +190,8 @@ impl RuntimeStore {
     pub async fn refresh(&self, uid: &PodUid) -> Result<Arc<PodRuntime>, CriError> {
         let asked = self.draw();
         let turn = lock(&self.turns).entry(uid.clone()).or_default().clone();
-        let mut last_failure = turn.lock().await;
+        let reading = Reading { store: self, uid, turn };
+        let mut last_failure = reading.turn.lock().await;
         if let Some(known) = self.pod(uid).filter(|known| known.as_of > asked) {
             return Ok(known);
         }

@@ -180,6 +180,22 @@ async fn forget_drops_only_what_is_empty() {
     assert!(lock(&store.state).pods.is_empty() && lock(&store.turns).is_empty());
 }
 
+/// A late event's read or the garbage collector's comes when nobody is left to say that the pod can be forgotten.
+#[tokio::test(start_paused = true)]
+async fn a_read_of_a_pod_that_is_gone_leaves_nothing_behind() {
+    let fake = runtime();
+    let (store, _) = store(&fake);
+    store.relist().await.unwrap();
+    let (a, gone) = (uid("a"), uid("gone"));
+    let (first, second) = tokio::join!(store.refresh(&a), store.refresh(&a));
+    assert!(first.unwrap().is_empty() && second.unwrap().is_empty());
+    fake.inject("ListContainers", 1, Fault::Error { code: Code::Unknown, message: "no".into() });
+    assert!(store.refresh(&gone).await.is_err());
+    assert!(lock(&store.turns).is_empty());
+    store.relist().await.unwrap();
+    assert_eq!(store.pods(), 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_oom_told_before_the_container_is_known_is_kept() {
     let fake = runtime();

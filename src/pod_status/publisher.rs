@@ -214,6 +214,11 @@ impl ApiPublisher {
         busy.wait_for(|pods| *pods == 0).await.ok();
     }
 
+    /// How many pods something is kept of.
+    pub fn pods(&self) -> usize {
+        self.0.lock().by_uid.len()
+    }
+
     /// Pods with a status or a DELETE not yet acknowledged: a gauge.
     pub fn pending(&self) -> usize {
         *self.0.busy.borrow()

@@ -6,7 +6,10 @@
 use std::{
     future::Future,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -88,15 +91,31 @@ impl ActionContext {
         self.pod.as_ref().is_some_and(|p| p.host_network() && p.spec().priority.unwrap_or(0) >= 2_000_000_000)
     }
 
-    /// A mutating call under the start gate.
+    /// A mutating call under the start gate. `None`: given up before its turn came, so the call was never made.
     pub(super) async fn gated<T: Send + 'static>(
         &self,
         call: impl Future<Output = Result<T, CriError>> + Send + 'static,
-    ) -> Result<T, CriError> {
+    ) -> Option<Result<T, CriError>> {
         if self.passes_gate() {
-            return self.mutate(call).await;
+            return Some(self.mutate(call).await);
         }
-        self.parts.gate.run(self.order(), self.mutate(call)).await
+        let begun = AtomicBool::new(false);
+        let turn = self.parts.gate.run(self.order(), async {
+            begun.store(true, Ordering::Relaxed);
+            self.mutate(call).await
+        });
+        let given_up = async {
+            self.cancel.cancelled().await;
+            // What the runtime was asked for is waited for: its outcome must be seen before the pod is called stopped.
+            if begun.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = given_up => None,
+            made = turn => Some(made),
+        }
     }
 }
 
@@ -291,8 +310,9 @@ async fn create_sandbox(context: &ActionContext, attempt: u32) -> Outcome {
     let made = context.gated(async move { runtime.run_pod_sandbox(config, &handler).await }).await;
     context.parts.metrics.start_phase("sandbox", context.parts.clock.now().mono - started);
     match made {
-        Ok(_) => Outcome::Done,
-        Err(error) => failed(error.to_string()),
+        None => Outcome::Abandoned,
+        Some(Ok(_)) => Outcome::Done,
+        Some(Err(error)) => failed(error.to_string()),
     }
 }
 

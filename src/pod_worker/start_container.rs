@@ -283,6 +283,7 @@ impl Start<'_> {
         let image_volumes = config.mounts.iter().filter(|mount| mount.image.is_some()).count();
         let made =
             self.context.gated(async move { runtime.create_container(&sandbox_id, config, sandbox).await }).await;
+        let made = made.ok_or(Stop::Abandoned)?;
         let unmounted = made.as_ref().is_err_and(|e| e.message.starts_with(IMAGE_VOLUME_MOUNT_FAILED));
         self.context.parts.images.volumes_mounted(image_volumes, !unmounted);
         let id = made.map_err(|e| self.runtime_failed("CreateContainerError", e.message))?;
@@ -296,7 +297,7 @@ impl Start<'_> {
         }
         let (runtime, owned) = (Arc::clone(&self.context.parts.runtime), id.to_owned());
         let started = self.context.gated(async move { runtime.start_container(&owned).await }).await;
-        started.map_err(|e| self.runtime_failed("RunContainerError", e.message))?;
+        started.ok_or(Stop::Abandoned)?.map_err(|e| self.runtime_failed("RunContainerError", e.message))?;
         self.event(EventType::Normal, "Started", "Container started".into());
         Ok(())
     }

@@ -85,6 +85,11 @@ impl NodeProbes {
     pub fn metrics_text(&self) -> String {
         self.shared.metrics.text()
     }
+
+    /// How many pods something is kept of.
+    pub fn pods(&self) -> usize {
+        self.shared.lock().len()
+    }
 }
 
 impl PodProbes for NodeProbes {

@@ -298,6 +298,12 @@ impl PodLedger {
         written.wait_for(|(version, _)| *version >= wanted).await.is_ok_and(|written| written.1)
     }
 
+    /// How many pods something is kept of.
+    pub fn pods(&self) -> usize {
+        let state = self.lock();
+        state.pods.len().max(state.allocated.len()).max(state.actuated.len())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

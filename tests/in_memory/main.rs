@@ -10,3 +10,4 @@ mod containers;
 mod lifecycle;
 mod many_pods;
 mod resize;
+mod soak;

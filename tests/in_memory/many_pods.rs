@@ -73,6 +73,28 @@ async fn a_hung_mount_and_a_hung_runtime_call_stall_their_pods_alone() {
     until(Duration::from_secs(60), "pod 5 ready", || ready(&node.api.status(pods[5].uid()))).await;
 }
 
+/// A pod that waits at the start gate and is deleted goes at once, and the runtime never hears of it.
+#[tokio::test(start_paused = true)]
+async fn what_waits_at_the_start_gate_is_given_up_with_its_pod() {
+    let rig = Rig::new();
+    let node = rig.start();
+    let pods: Vec<_> = (0..3).map(|n| pod(n, simple())).collect();
+    for name in ["p0", "p1"] {
+        rig.runtime.inject_for("RunPodSandbox", name, 1, Fault::Hang);
+    }
+    node.store.replace(PodSource::Api, pods[..2].to_vec());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // Both places are taken, and are lent on only 5 s after the calls began.
+    node.store.upsert(pods[2].clone());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    node.store.upsert(deleting(&pods[2], 1));
+    until(Duration::from_secs(2), "pod 2 gone", || node.store.get(pods[2].uid()).is_none()).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let about_it =
+        |call: &&rkubelet::cri::fake::Call| call.rpc == "RunPodSandbox" && call.about.contains(&"p2".to_owned());
+    assert_eq!(rig.runtime.calls().iter().filter(about_it).count(), 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn lost_events_and_broken_streams_are_made_up_for_by_lists() {
     for events in [Events::Lost, Events::Unimplemented] {

@@ -10,7 +10,7 @@ mod script;
 mod world;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -91,6 +91,18 @@ impl FakeRuntime {
         let mut steering = lock(&self.shared.steering);
         *steering.releases.entry(rpc).or_default() += 1;
         steering.faults.retain(|armed| armed.rpc != rpc || armed.fault != Fault::Hang);
+        drop(steering);
+        self.shared.released.notify_waiters();
+    }
+
+    /// Forgets the faults that were not met yet, and lets every call that hangs go on.
+    pub fn disarm(&self) {
+        let mut steering = lock(&self.shared.steering);
+        steering.faults.clear();
+        let rpcs: Vec<_> = steering.in_flight.keys().copied().collect();
+        for rpc in rpcs {
+            *steering.releases.entry(rpc).or_default() += 1;
+        }
         drop(steering);
         self.shared.released.notify_waiters();
     }
@@ -221,6 +233,23 @@ impl FakeRuntime {
         let world = lock(&self.shared.world);
         let of_pod = world.sandboxes.values().filter(|s| s.uid() == pod_uid);
         of_pod.map(|s| (s.id.clone(), s.ready)).collect()
+    }
+
+    /// UIDs of the pods that have a sandbox or a container.
+    pub fn pods(&self) -> BTreeSet<String> {
+        let world = lock(&self.shared.world);
+        let of_sandboxes = world.sandboxes.values().map(|s| s.uid().to_owned());
+        of_sandboxes.chain(world.containers.values().map(|c| c.pod_uid.clone())).collect()
+    }
+
+    /// How often containers of this pod and name were started.
+    pub fn starts(&self, pod_uid: &str, container: &str) -> usize {
+        lock(&self.shared.world).starts_of(pod_uid, container)
+    }
+
+    /// Drops what is remembered of a pod that is gone: counts, maxima and the scripts of its containers.
+    pub fn forget_pod(&self, pod_uid: &str, pod_name: &str) {
+        lock(&self.shared.world).forget_pod(pod_uid, pod_name);
     }
 
     /// What a container was created with.

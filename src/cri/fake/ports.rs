@@ -11,7 +11,7 @@ use tonic::Code;
 use super::{
     FakeRuntime, lock,
     script::{ImageScript, OnTerm},
-    world::{image_id, state_name},
+    world::{FakeContainer, FakeSandbox, image_id, state_name},
 };
 use crate::cri::{ContainerEventStream, ContainerState, CriError, ImageService, RuntimeService, v1};
 
@@ -177,13 +177,12 @@ impl RuntimeService for FakeRuntime {
         let about = filter.iter().flat_map(|f| f.label_selector.values().cloned()).collect();
         let filter = filter.unwrap_or_default();
         self.call("ListPodSandbox", about, move |world, _| {
-            let all = world.sandboxes.values().map(super::world::FakeSandbox::listed);
-            let wanted = |s: &v1::PodSandbox| {
+            let wanted = |s: &&FakeSandbox| {
                 (filter.id.is_empty() || filter.id == s.id)
-                    && filter.state.is_none_or(|state| state.state == s.state)
-                    && selected(&filter.label_selector, &s.labels)
+                    && filter.state.is_none_or(|state| state.state == s.state())
+                    && selected(&filter.label_selector, &s.config.labels)
             };
-            Ok(all.filter(wanted).collect())
+            Ok(world.sandboxes.values().filter(wanted).map(FakeSandbox::listed).collect())
         })
         .await
     }
@@ -262,14 +261,13 @@ impl RuntimeService for FakeRuntime {
         let about = filter.iter().flat_map(|f| f.label_selector.values().cloned()).collect();
         let filter = filter.unwrap_or_default();
         self.call("ListContainers", about, move |world, _| {
-            let all = world.containers.values().map(super::world::FakeContainer::listed);
-            let wanted = |c: &v1::Container| {
+            let wanted = |c: &&FakeContainer| {
                 (filter.id.is_empty() || filter.id == c.id)
-                    && (filter.pod_sandbox_id.is_empty() || filter.pod_sandbox_id == c.pod_sandbox_id)
-                    && filter.state.is_none_or(|state| state.state == c.state)
-                    && selected(&filter.label_selector, &c.labels)
+                    && (filter.pod_sandbox_id.is_empty() || filter.pod_sandbox_id == c.sandbox_id)
+                    && filter.state.is_none_or(|state| state.state == c.state())
+                    && selected(&filter.label_selector, &c.config.labels)
             };
-            Ok(all.filter(wanted).collect())
+            Ok(world.containers.values().filter(wanted).map(FakeContainer::listed).collect())
         })
         .await
     }

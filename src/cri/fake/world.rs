@@ -35,7 +35,7 @@ impl FakeSandbox {
     pub(super) fn pod_name(&self) -> &str {
         self.config.metadata.as_ref().map_or("", |m| m.name.as_str())
     }
-    fn state(&self) -> i32 {
+    pub(super) fn state(&self) -> i32 {
         let state = if self.ready { v1::PodSandboxState::SandboxReady } else { v1::PodSandboxState::SandboxNotready };
         state as i32
     }
@@ -95,7 +95,7 @@ pub(super) struct FakeContainer {
 }
 
 impl FakeContainer {
-    fn state(&self) -> i32 {
+    pub(super) fn state(&self) -> i32 {
         let state = match self.state {
             ContainerState::Created => v1::ContainerState::ContainerCreated,
             ContainerState::Running => v1::ContainerState::ContainerRunning,
@@ -347,6 +347,18 @@ impl World {
         *most = (*most).max(running);
         self.emit(EventKind::ContainerStartedEvent, id, &sandbox_id, now);
         Ok((exited, script))
+    }
+
+    pub(super) fn starts_of(&self, pod_uid: &str, container: &str) -> usize {
+        self.starts.get(&(pod_uid.to_owned(), container.to_owned())).copied().unwrap_or(0)
+    }
+
+    pub(super) fn forget_pod(&mut self, pod_uid: &str, pod_name: &str) {
+        self.starts.retain(|(uid, _), _| uid != pod_uid);
+        self.max_running.retain(|(uid, _), _| uid != pod_uid);
+        self.max_ready.remove(pod_uid);
+        let of_pod = |name: &String| name.split_once('/').is_some_and(|(pod, _)| pod == pod_name);
+        self.scripts.retain(|name, _| !of_pod(name));
     }
 
     fn next_script(&mut self, key: &(String, String), in_pod: &str) -> Script {

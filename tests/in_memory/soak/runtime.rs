@@ -36,8 +36,8 @@ impl Told {
     }
     /// Told before this very moment.
     fn before_now(&self, uid: &PodUid) -> Option<Duration> {
-        let at = self.at.lock().unwrap().get(uid).copied()?;
-        Some(at.elapsed()).filter(|ago| !ago.is_zero())
+        let at = self.at.lock().unwrap().get(uid).copied();
+        at.map(|at| at.elapsed()).filter(|ago| !ago.is_zero())
     }
 }
 

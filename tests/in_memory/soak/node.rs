@@ -31,6 +31,7 @@ use rkubelet::{
     pods::{Pod, PodSource, PodStore, PodUid, sources},
     probes::{ContainerVerdicts, NodeProbes, PodProbes, ProbeSettings, ProbeTarget},
     resources::{LedgerParts, PodLedger, allocation::ResizePolicy},
+    rush::Rush,
     telemetry::WorkerMetrics,
     time::{Clock, Now},
     user_namespaces::{IdRange, UserNamespaces},
@@ -165,7 +166,9 @@ impl Node {
         let workers = PodWorkers::new();
         let told = Told::new(Arc::new(WorkerWakes(Arc::clone(&workers))));
         let wakes: Arc<dyn WakeSink> = told.clone();
-        let events: Arc<dyn EventSink> = EventRecorder::start(&clients, "n", Arc::clone(&clock), cancel.clone());
+        let rush = Rush::default();
+        let events: Arc<dyn EventSink> =
+            EventRecorder::start(&clients, "n", Arc::clone(&clock), rush.clone(), cancel.clone());
         let lie = if let Guard::TrueLists(lie) = removed { lie } else { Lie::None };
         let watched = Arc::new(WatchedRuntime::new(world.runtime.clone(), Arc::clone(&told), lie));
         let runtime: Arc<dyn RuntimeService> = watched.clone();
@@ -208,7 +211,7 @@ impl Node {
             settings,
         );
         let probes = Arc::new(probes.unwrap());
-        let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), cancel.clone());
+        let publisher = ApiPublisher::new(clients.clone(), Arc::clone(&wakes), rush.clone(), cancel.clone());
         let late = LateStatuses::new(&world.api, &wakes);
         let mutations = TaskTracker::new();
         let parts = WorkerParts {
@@ -228,7 +231,7 @@ impl Node {
             ledger: ledger.clone(),
             user_namespaces: Arc::new(user_namespaces(world)),
             node,
-            gate: StartGate::adaptive(2, 8, Arc::clone(&clock)),
+            gate: StartGate::adaptive(2, 8, Arc::clone(&clock), rush),
             metrics: Arc::new(WorkerMetrics::new(&registry).unwrap()),
             mutations: mutations.clone(),
             cancel: cancel.clone(),

@@ -103,7 +103,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("topologyManagerPolicy", Zero, NoEffect),
     field("topologyManagerScope", Zero, NoEffect),
     field("topologyManagerPolicyOptions", Null, NoEffect),
-    field("qosReserved", Null, NoEffect),
+    field("qosReserved", Null, Works),
     field("runtimeRequestTimeout", ZeroDuration, Works),
     field("hairpinMode", Zero, NoEffect),
     field("maxPods", Zero, Works),

@@ -38,6 +38,7 @@ fn start(standalone: bool) -> World {
         systemd_socket: "/none".into(),
         memory_reservation: false,
         memory_throttling_factor: None,
+        qos_reserved_memory_percent: None,
     })
     .unwrap();
     let (api, cancel) = (FakeApi::default(), CancellationToken::new());

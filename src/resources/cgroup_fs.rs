@@ -232,6 +232,14 @@ impl Hierarchy {
         Ok(fs::read_to_string(&file).map_err(failed("read", &file))?.trim().to_owned())
     }
 
+    /// The cgroup's `memory.min` is less than this, or cannot be read.
+    pub(super) fn memory_min_below(&self, path: &str, bytes: i64) -> bool {
+        self.read("memory", path, "memory.min")
+            .ok()
+            .and_then(|text| text.parse::<i64>().ok())
+            .is_none_or(|have| have < bytes)
+    }
+
     fn files(&self, limits: &Limits) -> Vec<(&'static str, String, String)> {
         let mut files = Vec::new();
         let mut file = |controller, name: &str, value: String| files.push((controller, name.to_owned(), value));

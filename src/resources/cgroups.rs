@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,6 +20,7 @@ pub use super::cgroup_fs::CgroupError;
 use super::{
     cgroup_fs::{Hierarchy, Limits},
     cgroup_names::{CgroupName, pod_uid_of},
+    class_limits::{ClassLimits, ClassPolicy, Held, class_limits},
     pod_resources::PodSize,
     qos::{QosClass, cpu_quota, cpu_shares, cpu_weight, qos_class},
     requests::{ResourceList, hugepage_size, pod_level_set, pod_requests, resource_list},
@@ -113,6 +117,8 @@ pub struct CgroupSettings {
     pub memory_reservation: bool,
     /// Feature MemoryQoS with `memoryThrottlingFactor`.
     pub memory_throttling_factor: Option<f64>,
+    /// `qosReserved: {memory: n%}` with feature QOSReserved.
+    pub qos_reserved_memory_percent: Option<i64>,
 }
 
 impl CgroupSettings {
@@ -120,6 +126,8 @@ impl CgroupSettings {
     pub fn from_config(config: &Config, driver: CgroupDriver, mount: &Path, hugepage_sizes: Vec<i64>) -> Self {
         let kubelet = &config.kubelet;
         let memory_qos = config.feature_gates.enabled("MemoryQoS");
+        // Validated with the configuration: `50%`.
+        let reserved = kubelet.qos_reserved.get("memory").and_then(|text| text.strip_suffix('%')?.parse().ok());
         Self {
             mount: mount.to_owned(),
             root: kubelet.cgroup_root.clone(),
@@ -132,6 +140,7 @@ impl CgroupSettings {
             systemd_socket: systemd::SOCKET.into(),
             memory_reservation: memory_qos && kubelet.memory_reservation_policy == "TieredReservation",
             memory_throttling_factor: kubelet.memory_throttling_factor.filter(|_| memory_qos),
+            qos_reserved_memory_percent: reserved.filter(|_| config.feature_gates.enabled("QOSReserved")),
         }
     }
 }
@@ -146,8 +155,10 @@ struct Inner {
     /// With the systemd driver, where systemd runs.
     systemd: Option<Systemd>,
     kubepods: CgroupName,
-    /// CPU requests in millicores of the burstable pods that have a cgroup.
-    burstable: Mutex<HashMap<PodUid, i64>>,
+    /// What the pods that have a cgroup add to their class.
+    counted: Mutex<HashMap<PodUid, Held>>,
+    /// Bytes that pods may use, once kubepods was limited to it.
+    allocatable_memory: AtomicI64,
 }
 
 impl KubepodsCgroups {
@@ -162,7 +173,14 @@ impl KubepodsCgroups {
             tracing::warn!(%socket, "The cgroup driver is systemd, and there is none: pods' slices get no limits");
         }
         let systemd = there.then(|| Systemd { socket: settings.systemd_socket.clone() });
-        Ok(Self(Arc::new(Inner { settings, hierarchy, systemd, kubepods, burstable: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            settings,
+            hierarchy,
+            systemd,
+            kubepods,
+            counted: Mutex::default(),
+            allocatable_memory: AtomicI64::new(0),
+        })))
     }
 
     /// This host runs cgroup v2 alone.
@@ -181,7 +199,12 @@ impl KubepodsCgroups {
         if !self.manages() {
             return Ok(());
         }
-        let limits = kubepods_limits(allocatable);
+        let mut limits = kubepods_limits(allocatable);
+        if self.0.settings.memory_reservation {
+            // These follow the pods.
+            (limits.memory_min, limits.memory_low) = (None, None);
+        }
+        self.0.allocatable_memory.store(limits.memory_bytes.unwrap_or(0), Ordering::Relaxed);
         self.blocking("create", move |inner| inner.ensure_root(&limits)).await
     }
 
@@ -198,13 +221,13 @@ impl KubepodsCgroups {
         .await
     }
 
-    /// Sets the shares of the burstable class from the pods that have a cgroup: every 60 s, so that what went amiss is put right
+    /// Sets the classes' shares and memory from the pods that have a cgroup: every 60 s, so that what went amiss is put right
     /// (contract R-03). [`create`](PodCgroups::create) and [`remove`](PodCgroups::remove) do so for their pod at once.
     pub async fn update_qos(&self) -> Result<(), CgroupError> {
         if !self.manages() {
             return Ok(());
         }
-        self.blocking("update", Inner::set_burstable_shares).await
+        self.blocking("update", Inner::set_classes).await
     }
 
     fn path_of(&self, pod: &Pod) -> String {
@@ -259,7 +282,7 @@ impl PodCgroups for KubepodsCgroups {
                 }
             }
             if counted {
-                inner.raise_burstable_shares();
+                inner.raise_classes();
             }
             Ok(())
         })
@@ -278,8 +301,8 @@ impl PodCgroups for KubepodsCgroups {
                 .map(|class| inner.pod_cgroup(class, &uid).path(inner.settings.driver))
                 .try_for_each(|path| inner.remove(&path))?;
             // The lock is let go before the shares are summed up.
-            let counted = inner.burstable().remove(&uid).is_some();
-            if counted && manages { inner.set_burstable_shares() } else { Ok(()) }
+            let counted = inner.counted().remove(&uid).is_some_and(|held| inner.changes_classes(&held));
+            if counted && manages { inner.set_classes() } else { Ok(()) }
         })
         .await
     }
@@ -337,12 +360,6 @@ impl PodCgroups for KubepodsCgroups {
     }
 }
 
-/// CPU request in millicores of a burstable pod.
-fn burstable_milli(pod: &Pod) -> Option<i64> {
-    let burstable = qos_class(pod) == QosClass::Burstable;
-    burstable.then(|| pod_requests(pod).get("cpu").map_or(0, Quantity::milli_value))
-}
-
 impl QosClass {
     const ALL: [Self; 3] = [Self::Guaranteed, Self::Burstable, Self::BestEffort];
 }
@@ -369,7 +386,8 @@ impl Inner {
             systemd.start_slice(unit, parent, properties).map_err(failed)?;
             // The reply comes when the job is queued.
             for _ in 0..SLICE_TRIES {
-                if self.hierarchy.exists(path) {
+                // On version 1 systemd makes it only in some of the trees.
+                if self.hierarchy.exists_anywhere(path) {
                     break;
                 }
                 std::thread::sleep(SLICE_PAUSE);
@@ -408,7 +426,7 @@ impl Inner {
             let unlimited = self.settings.hugepage_sizes.iter().map(|size| (*size, QOS_UNLIMITED_HUGEPAGES)).collect();
             let limits = Limits {
                 cpu_shares: (class == QosClass::BestEffort).then_some(MIN_CPU_SHARES),
-                memory_low: (class == QosClass::Burstable).then_some(0),
+                memory_low: (class == QosClass::Burstable && !self.settings.memory_reservation).then_some(0),
                 hugepages: unlimited,
                 ..Limits::default()
             };
@@ -418,37 +436,65 @@ impl Inner {
         Ok(())
     }
 
-    fn burstable(&self) -> MutexGuard<'_, HashMap<PodUid, i64>> {
-        self.burstable.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counted(&self) -> MutexGuard<'_, HashMap<PodUid, Held>> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the class's shares change with this pod.
+    /// Whether the classes change with this pod.
     fn count(&self, pod: &Pod) -> bool {
-        let Some(milli) = burstable_milli(pod) else { return false };
-        self.burstable().insert(pod.uid().clone(), milli) != Some(milli)
+        let Some(held) = Held::of(pod) else { return false };
+        self.counted().insert(pod.uid().clone(), held) != Some(held) && self.changes_classes(&held)
     }
 
-    fn burstable_cgroup(&self) -> String {
-        self.class_cgroup(QosClass::Burstable).path(self.settings.driver)
+    fn class_policy(&self) -> ClassPolicy {
+        ClassPolicy {
+            tiered_memory: self.settings.memory_reservation && self.hierarchy.is_v2(),
+            reserved_memory_percent: self.settings.qos_reserved_memory_percent,
+            allocatable_memory: self.allocatable_memory.load(Ordering::Relaxed),
+        }
     }
 
-    fn burstable_shares(&self) -> u64 {
-        cpu_shares(self.burstable().values().fold(0, |sum: i64, milli| sum.saturating_add(*milli)))
+    /// Guaranteed pods count only where memory is kept for them.
+    fn changes_classes(&self, held: &Held) -> bool {
+        let policy = self.class_policy();
+        held.burstable() || policy.tiered_memory || policy.reserved_memory_percent.is_some()
     }
 
-    fn set_burstable_shares(&self) -> Result<(), CgroupError> {
-        let limits = Limits { cpu_shares: Some(self.burstable_shares()), ..Limits::default() };
-        self.set(&self.burstable_cgroup(), &limits)
+    fn class_limits(&self) -> ClassLimits {
+        class_limits(self.counted().values(), &self.class_policy())
     }
 
-    /// After a restart pods are adopted one by one: the class keeps what it has until they outgrow it, so that nobody's share
+    fn set_classes(&self) -> Result<(), CgroupError> {
+        let limits = self.class_limits();
+        let classes = [
+            (QosClass::Guaranteed, limits.root),
+            (QosClass::Burstable, limits.burstable),
+            (QosClass::BestEffort, limits.best_effort),
+        ];
+        for (class, mut limits) in classes.into_iter().filter(|(_, limits)| *limits != Limits::default()) {
+            let path = self.class_cgroup(class).path(self.settings.driver);
+            if let Some(limit) = &mut limits.memory_bytes {
+                // No lower than what is in use, so that it grows no further.
+                let used = self.hierarchy.memory_use(&path).and_then(|used| i64::try_from(used).ok());
+                *limit = used.map_or(*limit, |used| used.max(*limit));
+            }
+            self.set(&path, &limits)?;
+        }
+        Ok(())
+    }
+
+    /// After a restart pods are adopted one by one: the classes keep what they have until the pods outgrow it, so that nobody's share
     /// drops in between. A pod starts also when this fails.
-    fn raise_burstable_shares(&self) {
-        let path = self.burstable_cgroup();
-        if self.hierarchy.cpu_shares_below(&path, self.burstable_shares())
-            && let Err(error) = self.set_burstable_shares()
+    fn raise_classes(&self) {
+        let limits = self.class_limits();
+        let burstable = self.class_cgroup(QosClass::Burstable).path(self.settings.driver);
+        let kubepods = self.kubepods.path(self.settings.driver);
+        let shares = limits.burstable.cpu_shares.is_some_and(|s| self.hierarchy.cpu_shares_below(&burstable, s));
+        let memory = limits.root.memory_min.is_some_and(|m| self.hierarchy.memory_min_below(&kubepods, m));
+        if (shares || memory || limits.burstable.memory_bytes.is_some())
+            && let Err(error) = self.set_classes()
         {
-            tracing::warn!(cgroup = path, %error, "cannot set the CPU shares of the burstable class");
+            tracing::warn!(cgroup = burstable, %error, "cannot set the shares and memory of the QoS classes");
         }
     }
 

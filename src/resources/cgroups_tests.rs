@@ -18,6 +18,7 @@ fn settings(mount: &Path) -> CgroupSettings {
         systemd_socket: "/none".into(),
         memory_reservation: false,
         memory_throttling_factor: None,
+        qos_reserved_memory_percent: None,
     }
 }
 

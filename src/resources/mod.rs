@@ -10,6 +10,7 @@ mod cgroup_fs;
 mod cgroup_names;
 pub mod cgroups;
 mod checkpoint;
+mod class_limits;
 mod ledger;
 mod pod_resources;
 mod qos;

@@ -8,7 +8,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use jiff::Timestamp;
 
-use super::{Container, ContainerState, PodRuntime, Sandbox, Seq, translate, v1};
+use super::{Container, ContainerState, PodRuntime, Sandbox, Seq, observed::OOM_KILLED, translate, v1};
 
 /// What one read of a pod found.
 #[derive(Debug, Default)]
@@ -53,6 +53,12 @@ fn rank(state: ContainerState) -> u8 {
     }
 }
 
+/// Both tell of the same end, and only `newer` knows that it was an out-of-memory kill.
+fn corrects(newer: &Container, older: &Container) -> bool {
+    let both_ended = newer.state == ContainerState::Exited && older.state == ContainerState::Exited;
+    both_ended && newer.reason == OOM_KILLED && older.reason != OOM_KILLED
+}
+
 impl PodEntry {
     /// An entry that knows nothing but that the pod had nothing at `as_of`.
     pub(super) fn empty(as_of: Seq, sent_at: Timestamp) -> Self {
@@ -87,7 +93,7 @@ impl PodEntry {
         read.sandboxes.retain(|s| !gone(&s.id));
         for container in &mut read.containers {
             let Some(known) = held.containers.iter().find(|c| c.id == container.id) else { continue };
-            if told(&container.id) && rank(known.state) > rank(container.state) {
+            if told(&container.id) && (rank(known.state) > rank(container.state) || corrects(known, container)) {
                 *container = known.clone();
             }
             container.oom_killed |= known.oom_killed;
@@ -166,7 +172,7 @@ impl PodEntry {
         if seen.state == ContainerState::Unknown {
             return known.state != ContainerState::Unknown;
         }
-        if rank(seen.state) > rank(known.state) {
+        if rank(seen.state) > rank(known.state) || corrects(&seen, known) {
             self.told.insert(seen.id.clone(), Told { at, gone: false });
             *known = Container { oom_killed: known.oom_killed, ..seen };
         }

@@ -144,6 +144,23 @@ fn an_oom_mark_outlives_reads_and_state_changes() {
     assert!(entry.runtime().containers[0].oom_killed);
 }
 
+#[test]
+fn p34_a_corrected_reason_is_taken_and_kept() {
+    let reason = |entry: &PodEntry| entry.runtime().containers[0].reason.clone();
+    let ended = |reason: &str| v1::ContainerStatus { reason: reason.into(), ..status("c", X) };
+    let mut entry = PodEntry::empty(Seq(0), at(0));
+    entry.install(read(1, 10, &[("c", R)]));
+    entry.apply(event(Kind::ContainerStoppedEvent, "c", 11, vec![ended("Error")]), Seq(2));
+    assert_eq!(reason(&entry), "Error");
+    // A read draws 3; the correction comes while it is under way.
+    assert!(entry.apply(event(Kind::ContainerStoppedEvent, "s", 12, vec![ended("OOMKilled")]), Seq(4)).changed);
+    assert_eq!(reason(&entry), "OOMKilled");
+    entry.install(read(3, 11, &[("c", X)]));
+    assert_eq!(reason(&entry), "OOMKilled");
+    entry.apply(event(Kind::ContainerStoppedEvent, "s", 13, vec![ended("Error")]), Seq(5));
+    assert_eq!(reason(&entry), "OOMKilled");
+}
+
 proptest::proptest! {
     /// Whatever order events arrive in, and however often: per container the state never goes back, and `as_of` stays.
     #[test]

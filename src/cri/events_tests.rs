@@ -5,10 +5,8 @@ use prometheus::Registry;
 use super::*;
 use crate::cri::{
     ContainerState,
-    fake::{
-        Events, FakeRuntime,
-        tests::{container, pod, running, runtime},
-    },
+    fake::{Events, FakeRuntime},
+    fixtures::{container, pod, running, runtime},
     store::tests::{Woken, store},
 };
 

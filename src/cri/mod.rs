@@ -11,7 +11,10 @@ mod error;
 mod events;
 #[doc(hidden)]
 pub mod fake;
+#[cfg(test)]
+pub(crate) mod fixtures;
 mod metrics;
+mod mutation;
 mod observed;
 mod ports;
 mod store;
@@ -24,7 +27,8 @@ pub use containerd_events::follow_oom;
 pub use error::CriError;
 pub use events::{FollowSettings, follow};
 pub use metrics::CriMetrics;
-pub use observed::{Container, ContainerState, PodRuntime, Sandbox, Seq};
+pub use mutation::to_its_end;
+pub use observed::{Container, ContainerState, OOM_KILLED, PodRuntime, Sandbox, Seq};
 pub use ports::{ContainerEventStream, ImageService, RuntimeService};
 pub use protocols::cri::v1;
 pub use store::{PlegError, Relisted, RuntimeStore};

@@ -3,7 +3,7 @@
 //! CRI has no revisions, so we draw our own: a read draws a [`Seq`] *before* it is sent, and what it found carries that
 //! number. Whoever ended an action draws one at its end, and trusts only what was read after it.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{collections::HashMap, net::IpAddr, time::Duration};
 
 use jiff::Timestamp;
 
@@ -75,6 +75,23 @@ pub struct Container {
     pub stop_signal: super::v1::Signal,
     /// containerd told of an out-of-memory kill in this container's cgroup; not necessarily of its first process.
     pub oom_killed: bool,
+}
+
+/// The runtime's word for a container whose processes the kernel killed for want of memory.
+pub const OOM_KILLED: &str = "OOMKilled";
+/// 128 + SIGKILL: what the kernel's out-of-memory killer leaves behind, too.
+const EXIT_CODE_OF_SIGKILL: i32 = 137;
+/// So long after an end the runtime may still correct its reason. Upstream reads it within a second; a busy machine takes longer.
+const REASON_SETTLES: Duration = Duration::from_secs(10);
+
+impl Container {
+    /// Ended like an out-of-memory kill a moment ago, but the runtime calls it something else. containerd learns of exits and of
+    /// out-of-memory kills on two ways, and says `Error` until it has heard of both; so its word is asked for again.
+    pub fn reason_may_come_late(&self, now: Timestamp) -> bool {
+        let told = self.oom_killed || self.reason == OOM_KILLED;
+        let just = |end: Timestamp| Duration::try_from(now.duration_since(end)).is_ok_and(|ago| ago < REASON_SETTLES);
+        self.exit_code == EXIT_CODE_OF_SIGKILL && !told && self.finished_at.is_some_and(just)
+    }
 }
 
 /// All sandboxes and containers of one pod, newest first in both lists.

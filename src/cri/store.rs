@@ -265,9 +265,12 @@ impl RuntimeStore {
             }
             state.pods.insert(uid.clone(), PodEntry::empty(as_of, sent_at));
         }
-        let applied = state.pods.get_mut(&uid)?.apply(event, at);
+        let State { pods, early_ooms, .. } = &mut *state;
+        let entry = pods.get_mut(&uid)?;
+        let applied = entry.apply(event, at);
+        let changed = applied.changed | settle_early_ooms(early_ooms, entry);
         drop(state);
-        if applied.changed {
+        if changed {
             self.changed(&uid);
         }
         applied.needs_read.then_some(uid)
@@ -350,9 +353,13 @@ impl RuntimeStore {
         let containers = stream::iter(containers).map(|listed| async move {
             let state = translate::state(listed.state);
             let known = held.and_then(|h| h.containers.iter().find(|c| c.id == listed.id && c.state == state));
-            let settled = state == ContainerState::Exited
-                || (depth == Depth::Changed && matches!(state, ContainerState::Created | ContainerState::Running));
-            match known.filter(|_| settled) {
+            let now = self.clock.now().wall;
+            let settled = |known: &&Container| match state {
+                ContainerState::Exited => !known.reason_may_come_late(now),
+                ContainerState::Created | ContainerState::Running => depth == Depth::Changed,
+                ContainerState::Unknown => false,
+            };
+            match known.filter(settled) {
                 Some(known) => Ok(Some(known.clone())),
                 None => found(self.runtime.container_status(&listed.id).await)
                     .map(|s| s.map(|s| translate::container(s, &listed.pod_sandbox_id))),
@@ -364,18 +371,12 @@ impl RuntimeStore {
     }
 
     /// Puts a read in place and wakes the pod if it changed.
-    fn install(&self, uid: &PodUid, mut read: PodRead) -> (Arc<PodRuntime>, bool) {
+    fn install(&self, uid: &PodUid, read: PodRead) -> (Arc<PodRuntime>, bool) {
         let mut state = lock(&self.state);
-        state.unread.remove(uid);
-        if !state.early_ooms.is_empty() {
-            for container in &mut read.containers {
-                let before = state.early_ooms.len();
-                state.early_ooms.retain(|id| *id != container.id);
-                container.oom_killed |= state.early_ooms.len() < before;
-            }
-        }
-        let entry = state.pods.entry(uid.clone()).or_insert_with(|| PodEntry::empty(Seq(0), Timestamp::MIN));
-        let changed = entry.install(read);
+        let State { pods, early_ooms, unread, .. } = &mut *state;
+        unread.remove(uid);
+        let entry = pods.entry(uid.clone()).or_insert_with(|| PodEntry::empty(Seq(0), Timestamp::MIN));
+        let changed = entry.install(read) | settle_early_ooms(early_ooms, entry);
         let runtime = entry.runtime().clone();
         drop(state);
         if changed {
@@ -412,6 +413,19 @@ impl RuntimeStore {
         self.occupied.notify_one();
         self.wakes.wake(uid, Cause::Runtime);
     }
+}
+
+/// Marks what containerd told of before the container was known here. Returns whether that changed anything.
+fn settle_early_ooms(early: &mut VecDeque<String>, entry: &mut PodEntry) -> bool {
+    let mut changed = false;
+    early.retain(|id| match entry.mark_oom(id) {
+        Some(marked) => {
+            changed |= marked;
+            false
+        }
+        None => true,
+    });
+    changed
 }
 
 /// What a status call found: `None` when it is gone meanwhile.

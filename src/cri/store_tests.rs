@@ -3,9 +3,9 @@ use std::sync::Arc;
 use tonic::Code;
 
 use super::*;
-use crate::cri::fake::{
-    FakeRuntime, Fault,
-    tests::{container, pod, running, runtime},
+use crate::cri::{
+    fake::{FakeRuntime, Fault},
+    fixtures::{container, pod, running, runtime},
 };
 
 /// Remembers who was woken.
@@ -209,6 +209,51 @@ async fn an_oom_told_before_the_container_is_known_is_kept() {
     woken.take();
     store.mark_oom(&id);
     assert_eq!(woken.take(), [uid("b")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p34_an_oom_told_before_the_event_that_makes_its_container_known_is_kept() {
+    let fake = runtime();
+    let (store, woken) = store(&fake);
+    store.relist().await.unwrap();
+    let (sandbox, id) = running(&fake, "a", "web").await;
+    store.mark_oom(&id);
+    woken.take();
+    let status = fake.container_status(&id).await.unwrap();
+    let sandbox = fake.pod_sandbox_status(&sandbox).await.unwrap();
+    let event = v1::ContainerEventResponse {
+        container_id: id,
+        container_event_type: v1::ContainerEventType::ContainerStartedEvent.into(),
+        created_at: i64::MAX,
+        pod_sandbox_status: Some(sandbox),
+        containers_statuses: vec![status],
+    };
+    assert_eq!(store.apply_event(event), None);
+    assert!(store.pod(&uid("a")).unwrap().latest("web").unwrap().oom_killed);
+    assert_eq!(woken.take(), [uid("a")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p34_a_reason_that_comes_late_is_asked_for_again_for_ten_seconds() {
+    let fake = runtime();
+    let ids = [running(&fake, "a", "web").await.1, running(&fake, "b", "web").await.1];
+    let (store, _) = store(&fake);
+    for id in &ids {
+        fake.exit(id, 137);
+    }
+    store.relist().await.unwrap();
+    let reason = |pod: &str| store.pod(&uid(pod)).unwrap().latest("web").unwrap().reason.clone();
+    assert_eq!(reason("a"), "Error");
+    fake.tell_oom_late(&ids[0]);
+    store.refresh(&uid("a")).await.unwrap();
+    assert_eq!(reason("a"), "OOMKilled");
+    let asked = fake.count("ContainerStatus");
+    store.refresh(&uid("a")).await.unwrap();
+    assert_eq!(fake.count("ContainerStatus"), asked, "what is known is not asked for again");
+    tokio::time::advance(Duration::from_secs(11)).await;
+    store.relist().await.unwrap();
+    assert_eq!(fake.count("ContainerStatus"), asked, "nor what has settled");
+    assert_eq!(reason("b"), "Error");
 }
 
 #[tokio::test(start_paused = true)]

@@ -30,7 +30,7 @@ use tower::Service;
 
 use super::{
     CriClient, CriMetrics, ImageService, RuntimeService,
-    fake::tests::{running, runtime as fake_runtime},
+    fixtures::{running, runtime as fake_runtime},
     follow_oom,
     store::tests::store,
     v1,
@@ -180,6 +180,21 @@ async fn v05_calls_are_worded_counted_and_bounded() {
     assert_eq!((total("start_container"), errors("start_container")), (1.0, 1.0));
     assert_eq!((total("list_containers"), errors("list_containers")), (1.0, 0.0));
     assert_eq!(total("pull_image"), 1.0);
+}
+
+#[tokio::test]
+async fn i14_images_go_to_a_socket_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runtime, images) = (dir.path().join("runtime.sock"), dir.path().join("images.sock"));
+    let server = serve(&images);
+    let metrics = Arc::new(CriMetrics::new(&Registry::new()).unwrap());
+    let endpoint = |socket: &PathBuf| format!("unix://{}", socket.display());
+    let client =
+        CriClient::connect(&endpoint(&runtime), Some(&endpoint(&images)), Duration::from_secs(2), metrics).unwrap();
+    let pull = client.pull_image(v1::ImageSpec::default(), None, None).await.unwrap_err();
+    assert_eq!(pull.to_string(), "manifest unknown");
+    assert_eq!(client.version().await.unwrap_err().code, Code::Unavailable, "nobody listens on the runtime's socket");
+    server.abort();
 }
 
 #[tokio::test]

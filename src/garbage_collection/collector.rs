@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     containers::container_log_link,
-    cri::{ContainerState, CriError, PodRuntime, RuntimeService, RuntimeStore},
+    cri::{ContainerState, PodRuntime, RuntimeService, RuntimeStore, to_its_end},
     events::{EventSink, EventType, Regarding},
     logs,
     pods::{Pod, PodStore, PodUid},
@@ -145,7 +145,7 @@ impl Collector {
     async fn remove_container(&self, dead: Dead) {
         let parts = &self.parts;
         let (runtime, id) = (Arc::clone(&parts.runtime), dead.id.clone());
-        if let Err(error) = self.mutate(async move { runtime.remove_container(&id).await }).await {
+        if let Err(error) = to_its_end(&parts.mutations, async move { runtime.remove_container(&id).await }).await {
             tracing::error!(pod.uid = %dead.uid, container = dead.id, %error, "Failed to remove container");
             return;
         }
@@ -153,21 +153,17 @@ impl Collector {
             let name = container_log_link(&pod, &dead.name, &dead.id);
             parts.container_logs_dir.join(name)
         });
-        let log = PathBuf::from(&dead.log_path);
-        let removed = tokio::task::spawn_blocking(move || logs::remove_logs(&log, link.as_deref())).await;
-        if let Ok(Err(error)) = removed {
-            tracing::warn!(pod.uid = %dead.uid, container = dead.id, %error, "Removing container logs failed");
-        }
+        logs::remove_logs_of(&dead.id, dead.log_path.into(), link).await;
     }
 
     /// Stopped again first: its network may not have been torn down by who stopped it.
     async fn remove_sandbox(&self, id: String) {
         let (runtime, owned) = (Arc::clone(&self.parts.runtime), id.clone());
-        let removed = self.mutate(async move {
+        let call = async move {
             runtime.stop_pod_sandbox(&owned).await?;
             runtime.remove_pod_sandbox(&owned).await
-        });
-        if let Err(error) = removed.await {
+        };
+        if let Err(error) = to_its_end(&self.parts.mutations, call).await {
             tracing::error!(sandbox = id, %error, "Failed to remove sandbox");
         }
     }
@@ -181,13 +177,6 @@ impl Collector {
             alive.map(|c| c.id.clone()).collect::<Vec<_>>()
         });
         ids.collect()
-    }
-
-    async fn mutate(&self, call: impl Future<Output = Result<(), CriError>> + Send + 'static) -> Result<(), CriError> {
-        match self.parts.mutations.spawn(call).await {
-            Ok(result) => result,
-            Err(error) => Err(CriError::new("task", tonic::Code::Unknown, error.to_string())),
-        }
     }
 
     async fn remove_leftover_logs(&self) -> Result<(), String> {

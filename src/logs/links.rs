@@ -48,7 +48,7 @@ pub fn remove_link(link: &Path) -> io::Result<()> {
 }
 
 /// Removes a container's log, what it was rotated to (`<n>.log.<time>`, compressed or not), and its link.
-pub fn remove_logs(log_file: &Path, link: Option<&Path>) -> io::Result<()> {
+fn remove_logs(log_file: &Path, link: Option<&Path>) -> io::Result<()> {
     if let Some(link) = link {
         remove_link(link)?;
     }
@@ -64,6 +64,14 @@ pub fn remove_logs(log_file: &Path, link: Option<&Path>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// [`remove_logs`] off the async threads. A failure is only logged: what is left goes with the pod's directory.
+pub async fn remove_logs_of(container_id: &str, log_file: PathBuf, link: Option<PathBuf>) {
+    let removed = tokio::task::spawn_blocking(move || remove_logs(&log_file, link.as_deref())).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(container = container_id, %error, "Removing container logs failed");
+    }
 }
 
 /// How many runs of a container its log directory knows of: one more than the largest `<n>` of `<n>.log…` (contract P-23). 0 when there

@@ -8,6 +8,6 @@ mod links;
 mod read;
 mod record;
 
-pub use links::{create_link, link_path, remove_link, remove_logs, runs_logged};
+pub use links::{create_link, link_path, remove_link, remove_logs_of, runs_logged};
 pub use read::{LogError, StillRunning, read_logs, tail_for_termination};
 pub use record::{LogOptions, StreamChoice};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
     ContainerState as ApiState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-    ContainerStatus, ContainerUser, LinuxContainerUser, PodStatus, VolumeMountStatus,
+    ContainerStatus, ContainerUser, ImageVolumeStatus, LinuxContainerUser, PodStatus, VolumeMountStatus, VolumeStatus,
 };
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     containers::termination_log::cut_to_share,
-    cri::{Container, ContainerState},
+    cri::{Container, ContainerState, OOM_KILLED},
     pod_worker::{
         restart::restarts_after,
         restart_all,
@@ -213,7 +213,7 @@ fn observed_status(
         restart_count: old.map_or(restarts, |o| o.restart_count.max(restarts)),
         state: Some(if post_start { default_waiting(input) } else { api_state(input, latest, old) }),
         last_state: Some(last_state),
-        volume_mounts: old.and_then(|o| o.volume_mounts.clone()).or_else(|| volume_mounts(container)),
+        volume_mounts: mounted(input, container, latest, old),
         resources: resources::container(input, container.spec.resources.as_ref(), latest, old),
         allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
         stop_signal: stop_signal(latest).filter(|_| input.gates.stop_signals),
@@ -253,7 +253,7 @@ fn api_state(input: &StatusInput<'_>, container: &Container, old: Option<&Contai
             let ended = ContainerStateTerminated {
                 exit_code: container.exit_code,
                 reason: match container.oom_killed {
-                    true => Some("OOMKilled".to_owned()),
+                    true => Some(OOM_KILLED.to_owned()),
                     false => Some(container.reason.clone()).filter(|r| !r.is_empty()),
                 },
                 message: read.or_else(published).or_else(runtime),
@@ -298,6 +298,24 @@ fn set_started_and_ready(input: &StatusInput<'_>, container: ContainerRef<'_>, s
         ContainerKind::Init => state.terminated.is_some_and(|t| t.exit_code == 0),
         _ => started && verdicts.is_none_or(|v| v.readiness == Readiness::Ready),
     };
+}
+
+/// What was published stays; of image volumes also which image the runtime has mounted (contract I-13).
+fn mounted(
+    input: &StatusInput<'_>,
+    container: ContainerRef<'_>,
+    latest: &Container,
+    old: Option<&ContainerStatus>,
+) -> Option<Vec<VolumeMountStatus>> {
+    let mut list = old.and_then(|o| o.volume_mounts.clone()).or_else(|| volume_mounts(container))?;
+    for status in list.iter_mut().filter(|_| input.gates.image_digests) {
+        let mount = latest.mounts.iter().find(|m| m.container_path == status.mount_path);
+        let image_ref = mount.and_then(|m| m.image.as_ref()).map(|image| image.image.clone());
+        if let Some(image_ref) = image_ref.filter(|image_ref| !image_ref.is_empty()) {
+            status.volume_status = Some(VolumeStatus { image: Some(ImageVolumeStatus { image_ref }) });
+        }
+    }
+    Some(list)
 }
 
 fn volume_mounts(container: ContainerRef<'_>) -> Option<Vec<VolumeMountStatus>> {

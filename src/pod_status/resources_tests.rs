@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    cri::{PodRuntime, v1},
+    cri::{PodRuntime, fixtures::seen, v1},
     node::NodeFacts,
     pod_status::generate,
     pod_worker::view::Phase,
@@ -40,31 +40,7 @@ impl Case {
         let object = json!({"metadata": {"uid": "u", "name": "p", "namespace": "n", "generation": 4},
             "spec": self.spec, "status": self.status});
         let pod = Pod::new(serde_json::from_value(object).unwrap(), PodSource::Api, Timestamp::UNIX_EPOCH).unwrap();
-        let container = Container {
-            id: "1".into(),
-            name: "c".into(),
-            attempt: 0,
-            sandbox_id: "s".into(),
-            state: ContainerState::Running,
-            created_at: Timestamp::UNIX_EPOCH,
-            started_at: Some(Timestamp::UNIX_EPOCH),
-            finished_at: None,
-            exit_code: 0,
-            reason: String::new(),
-            message: String::new(),
-            image: String::new(),
-            image_ref: String::new(),
-            image_id: String::new(),
-            image_runtime_handler: String::new(),
-            labels: HashMap::new(),
-            annotations: HashMap::new(),
-            log_path: String::new(),
-            user: None,
-            resources: self.resources.clone(),
-            mounts: Vec::new(),
-            stop_signal: v1::Signal::default(),
-            oom_killed: false,
-        };
+        let container = Container { resources: self.resources.clone(), ..seen("c") };
         let runtime = PodRuntime { containers: vec![container], ..PodRuntime::default() };
         let actuated: PodResources = serde_json::from_value(
             json!({"ContainerResources": {"c": self.actuated}, "PodLevelResources": self.spec["resources"]}),

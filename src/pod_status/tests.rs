@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ResourceView, StatusInput, generate};
 use crate::{
-    cri::{Container, ContainerState, PodRuntime, Sandbox, v1},
+    cri::{Container, ContainerState, PodRuntime, Sandbox, fixtures::seen, v1},
     node::NodeFacts,
     pod_worker::{
         restart::LifecycleGates,
@@ -113,28 +113,16 @@ fn sandbox() -> Sandbox {
 fn running(name: &str, attempt: u32) -> Container {
     Container {
         id: format!("{name}-{attempt}"),
-        name: name.into(),
         attempt,
         sandbox_id: "s1".into(),
-        state: ContainerState::Running,
         created_at: Timestamp::from_second(1_100 + i64::from(attempt)).unwrap(),
         started_at: Some(Timestamp::from_second(1_100 + i64::from(attempt)).unwrap()),
-        finished_at: None,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
         image: format!("registry/{name}:1"),
         image_ref: format!("registry/{name}@sha256:1"),
         image_id: "sha256:1".into(),
-        image_runtime_handler: String::new(),
-        labels: HashMap::new(),
         annotations: HashMap::from([("io.kubernetes.container.restartCount".into(), attempt.to_string())]),
-        log_path: String::new(),
         user: Some((1000, 2000, vec![2000, 3000])),
-        resources: None,
-        mounts: Vec::new(),
-        stop_signal: v1::Signal::RuntimeDefault,
-        oom_killed: false,
+        ..seen(name)
     }
 }
 
@@ -165,6 +153,23 @@ fn condition(status: &corev1::PodStatus, kind: &str) -> Value {
 
 fn phase(status: &corev1::PodStatus) -> &str {
     status.phase.as_deref().unwrap()
+}
+
+#[test]
+fn i13_the_status_of_an_image_volume_names_the_mounted_image_only_with_its_gate() {
+    let spec = json!({"volumes": [{"name": "v", "image": {"reference": "data:1"}}, {"name": "e", "emptyDir": {}}],
+        "containers": [{"name": "c", "image": "c:1",
+            "volumeMounts": [{"name": "v", "mountPath": "/v"}, {"name": "e", "mountPath": "/e"}]}]});
+    let image = v1::ImageSpec { image: "sha256:feed".into(), ..Default::default() };
+    let mount = |path: &str, image| v1::Mount { container_path: path.into(), image, ..Default::default() };
+    let mounts = vec![mount("/e", None), mount("/v", Some(image))];
+    for (gate, expected) in [(true, json!({"image": {"imageRef": "sha256:feed"}})), (false, Value::Null)] {
+        let container = Container { mounts: mounts.clone(), ..running("c", 0) };
+        let mut case = Case::new(spec.clone()).runs([container]);
+        case.gates.image_digests = gate;
+        let mounted = main_status(&case.status(), "c")["volumeMounts"].clone();
+        assert_eq!((&mounted[0]["volumeStatus"], &mounted[1]["volumeStatus"]), (&expected, &Value::Null));
+    }
 }
 
 #[test]

@@ -162,8 +162,8 @@ mod tests {
     use super::*;
     use crate::{
         cri::{
-            fake::{ExecScript, FakeRuntime, ImageScript},
-            v1,
+            fake::{ExecScript, FakeRuntime},
+            fixtures::running,
         },
         events::MemoryEvents,
         pods::PodSource,
@@ -172,18 +172,7 @@ mod tests {
 
     async fn context() -> (HookContext, FakeRuntime, Arc<MemoryEvents>) {
         let (fake, events) = (FakeRuntime::new(Arc::new(SystemClock)), Arc::new(MemoryEvents::default()));
-        fake.image("img", ImageScript::Present);
-        let metadata =
-            v1::PodSandboxMetadata { name: "p".into(), uid: "uid-1".into(), namespace: "ns".into(), attempt: 0 };
-        let sandbox_config = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
-        let config = v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 0 }),
-            image: Some(v1::ImageSpec { image: "img".into(), ..Default::default() }),
-            ..Default::default()
-        };
-        let sandbox = fake.run_pod_sandbox(sandbox_config.clone(), "").await.unwrap();
-        let container_id = fake.create_container(&sandbox, config, sandbox_config).await.unwrap();
-        fake.start_container(&container_id).await.unwrap();
+        let (_, container_id) = running(&fake, "uid-1", "c").await;
         let container = corev1::Container { name: "c".into(), ..Default::default() };
         let mut object = corev1::Pod::default();
         object.metadata.uid = Some("uid-1".into());

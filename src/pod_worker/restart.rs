@@ -15,12 +15,14 @@ pub struct LifecycleGates {
     pub restart_all: bool,
     /// `ContainerStopSignals`: `lifecycle.stopSignal` is handed on and reported.
     pub stop_signals: bool,
+    /// `ImageVolumeWithDigest`: the status of a mounted image volume names the image that was mounted.
+    pub image_digests: bool,
 }
 
 /// As Kubernetes 1.37 has them.
 impl Default for LifecycleGates {
     fn default() -> Self {
-        Self { restart_rules: true, restart_all: true, stop_signals: false }
+        Self { restart_rules: true, restart_all: true, stop_signals: false, image_digests: false }
     }
 }
 
@@ -100,7 +102,8 @@ mod tests {
         Pod::new(object, PodSource::Api, jiff::Timestamp::UNIX_EPOCH).unwrap()
     }
 
-    const ON: LifecycleGates = LifecycleGates { restart_rules: true, restart_all: true, stop_signals: false };
+    const ON: LifecycleGates =
+        LifecycleGates { restart_rules: true, restart_all: true, stop_signals: false, image_digests: false };
 
     #[test]
     fn p23_policies_by_exit_code() {

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     admission::Standing,
-    cri::{Container, ContainerState, PodRuntime, Sandbox, Seq},
+    cri::{Container, ContainerState, PodRuntime, Sandbox, Seq, fixtures::seen},
     node::NodeFacts,
     pods::{Pod, PodSource, PodUid},
     probes::{ContainerVerdicts, Liveness, Readiness, Startup},
@@ -34,7 +34,8 @@ pub(super) fn hash(container: &corev1::Container) -> String {
     container.image.clone().unwrap_or_default()
 }
 
-const GATES: LifecycleGates = LifecycleGates { restart_rules: true, restart_all: true, stop_signals: false };
+const GATES: LifecycleGates =
+    LifecycleGates { restart_rules: true, restart_all: true, stop_signals: false, image_digests: false };
 
 pub(super) const RULES: Rules = Rules {
     backoff: BackoffLimits { initial: Duration::from_secs(10), cap: Duration::from_secs(300) },
@@ -341,7 +342,8 @@ impl World {
         let allocated = self.history.pod.as_ref().and_then(|p| p.container(name).map(|c| c.spec.resources.clone()));
         self.actuated.containers.insert(name.to_owned(), allocated.flatten().unwrap_or_default());
         let now = self.now().wall;
-        let container: Container = serde_container(id, name, attempt, sandbox_id, image, annotations, now);
+        let (created_at, started_at) = (now, Some(now));
+        let container = Container { id, attempt, sandbox_id, image, annotations, created_at, started_at, ..seen(name) };
         self.runtime.containers.push(container);
         let history = self.history.containers.entry(name.to_owned()).or_default();
         history.start_failure = None;
@@ -442,42 +444,6 @@ impl World {
             .collect();
         list.sort_unstable();
         list
-    }
-}
-
-fn serde_container(
-    id: String,
-    name: &str,
-    attempt: u32,
-    sandbox_id: String,
-    image: String,
-    annotations: HashMap<String, String>,
-    now: Timestamp,
-) -> Container {
-    Container {
-        id,
-        name: name.to_owned(),
-        attempt,
-        sandbox_id,
-        state: ContainerState::Running,
-        created_at: now,
-        started_at: Some(now),
-        finished_at: None,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
-        image,
-        image_ref: String::new(),
-        image_id: String::new(),
-        image_runtime_handler: String::new(),
-        oom_killed: false,
-        stop_signal: crate::cri::v1::Signal::default(),
-        labels: HashMap::new(),
-        annotations,
-        log_path: String::new(),
-        user: None,
-        resources: None,
-        mounts: Vec::new(),
     }
 }
 

@@ -74,32 +74,16 @@ mod tests {
     use super::*;
     use crate::{
         cri::{
-            fake::{ExecScript, FakeRuntime, Fault, ImageScript},
-            v1,
+            fake::{ExecScript, FakeRuntime, Fault},
+            fixtures::running,
         },
         time::SystemClock,
     };
 
-    /// A running container `c`; its ID.
-    async fn running(fake: &FakeRuntime) -> String {
-        fake.image("img", ImageScript::Present);
-        let metadata = v1::PodSandboxMetadata { name: "p".into(), uid: "u".into(), namespace: "n".into(), attempt: 0 };
-        let sandbox_config = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
-        let config = v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 0 }),
-            image: Some(v1::ImageSpec { image: "img".into(), ..Default::default() }),
-            ..Default::default()
-        };
-        let sandbox = fake.run_pod_sandbox(sandbox_config.clone(), "").await.unwrap();
-        let id = fake.create_container(&sandbox, config, sandbox_config).await.unwrap();
-        fake.start_container(&id).await.unwrap();
-        id
-    }
-
     #[tokio::test(start_paused = true)]
     async fn b06_exit_codes_timeouts_and_the_output_that_is_shown() {
         let fake = FakeRuntime::new(Arc::new(SystemClock));
-        let id = running(&fake).await;
+        let (_, id) = running(&fake, "u", "c").await;
         let action = corev1::ExecAction { command: Some(vec!["sh".into(), "-c".into(), "x".into()]) };
         let probe = corev1::Probe { timeout_seconds: Some(2), ..Default::default() };
         let container = corev1::Container::default();

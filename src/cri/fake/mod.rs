@@ -174,6 +174,13 @@ impl FakeRuntime {
         self.end(container_id, 137, Some("OOMKilled"));
     }
 
+    /// Corrects the reason of a container that has ended, without an event: containerd learns of out-of-memory kills on a way of its own.
+    pub fn tell_oom_late(&self, container_id: &str) {
+        if let Some(container) = lock(&self.shared.world).containers.get_mut(container_id) {
+            container.reason = "OOMKilled".to_owned();
+        }
+    }
+
     /// The sandbox's own process dies: not ready, its containers run on.
     pub fn kill_sandbox(&self, sandbox_id: &str) {
         let now = self.wall();
@@ -402,4 +409,4 @@ impl Drop for InFlight<'_> {
 }
 
 #[cfg(test)]
-pub(in crate::cri) mod tests;
+mod tests;

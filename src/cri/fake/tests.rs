@@ -1,52 +1,10 @@
 //! The fake keeps containerd's rules: otherwise tests over it prove nothing.
 
-use std::collections::HashMap;
-
 use super::*;
-use crate::{
-    cri::{CONTAINER_NAME_LABEL, ImageService, POD_UID_LABEL, RuntimeService},
-    time::SimulatedClock,
+use crate::cri::{
+    ImageService, RuntimeService,
+    fixtures::{container, pod, running, runtime},
 };
-
-pub(in crate::cri) fn runtime() -> FakeRuntime {
-    FakeRuntime::new(Arc::new(SimulatedClock::starting_at(Timestamp::from_second(1_000_000).unwrap())))
-}
-
-pub(in crate::cri) fn pod(uid: &str, attempt: u32) -> v1::PodSandboxConfig {
-    v1::PodSandboxConfig {
-        metadata: Some(v1::PodSandboxMetadata {
-            name: format!("pod-{uid}"),
-            uid: uid.into(),
-            namespace: "ns".into(),
-            attempt,
-        }),
-        labels: HashMap::from([(POD_UID_LABEL.to_owned(), uid.to_owned())]),
-        log_directory: "/var/log/pods/x".into(),
-        ..Default::default()
-    }
-}
-
-pub(in crate::cri) fn container(uid: &str, name: &str, attempt: u32) -> v1::ContainerConfig {
-    v1::ContainerConfig {
-        metadata: Some(v1::ContainerMetadata { name: name.into(), attempt }),
-        image: Some(v1::ImageSpec { image: "img".into(), ..Default::default() }),
-        labels: HashMap::from([
-            (POD_UID_LABEL.to_owned(), uid.to_owned()),
-            (CONTAINER_NAME_LABEL.to_owned(), name.to_owned()),
-        ]),
-        log_path: format!("{name}/{attempt}.log"),
-        ..Default::default()
-    }
-}
-
-/// A sandbox with one running container; returns both IDs.
-pub(in crate::cri) async fn running(runtime: &FakeRuntime, uid: &str, name: &str) -> (String, String) {
-    runtime.image("img", ImageScript::Present);
-    let sandbox = runtime.run_pod_sandbox(pod(uid, 0), "").await.unwrap();
-    let id = runtime.create_container(&sandbox, container(uid, name, 0), pod(uid, 0)).await.unwrap();
-    runtime.start_container(&id).await.unwrap();
-    (sandbox, id)
-}
 
 #[tokio::test(start_paused = true)]
 async fn names_are_reserved_until_removed() {

@@ -12,8 +12,8 @@ mod app_armor;
 mod decide;
 mod declared_features;
 mod demand;
-mod ledger;
 mod metrics;
+mod node_admission;
 mod placement;
 mod preemption;
 mod sysctls;
@@ -23,7 +23,7 @@ mod decide_tests;
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
-mod ledger_tests;
+mod node_admission_tests;
 
 use tokio::time::Instant;
 
@@ -36,8 +36,8 @@ pub use app_armor::enabled as app_armor_enabled;
 pub use decide::{Candidate, Decision, Occupant, Policy, admit};
 pub use declared_features::{declared_features, missing_for_pod, missing_for_update};
 pub use demand::{Demand, Insufficient};
-pub use ledger::{AdmissionParts, NodeAdmission};
 pub use metrics::AdmissionMetrics;
+pub use node_admission::{AdmissionParts, NodeAdmission};
 pub use sysctls::{SysctlAllowlist, SysctlError};
 
 /// Why a pod was turned away: goes to `status.reason` and, behind `Pod was rejected: `, to `status.message`.

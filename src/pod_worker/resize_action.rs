@@ -11,7 +11,7 @@ use crate::{
     cri::v1,
     pods::Pod,
     resources::{
-        ContainerSize,
+        CgroupError, ContainerSize, Trigger,
         resize_plan::{self, ContainerUpdate, PodCgroup, Resource, Step},
     },
 };
@@ -20,10 +20,13 @@ pub(super) async fn resize(context: &ActionContext, updates: &[ContainerUpdate],
     let Some(pod) = context.pod.clone() else { return Outcome::Abandoned };
     let in_force = updates.iter().map(|update| update.from).collect();
     let mut resize = Resize { context, pod: &pod, updates, in_force };
-    match resize.run(whole).await {
+    let began = context.parts.clock.now().mono;
+    let result = resize.run(whole).await;
+    context.parts.ledger.resized(result.is_ok(), context.parts.clock.now().mono - began);
+    match result {
         Ok(()) => {
             // What shrank is free for others.
-            context.parts.ledger.retry();
+            context.parts.ledger.retry(Trigger::PodResized);
             Outcome::Done
         }
         Err(message) => {
@@ -86,11 +89,11 @@ impl Resize<'_> {
         match step {
             Step::PodLimit(resource) => {
                 self.tell_runtime(resource).await?;
-                cgroups.set_limit(self.pod, resource).await.map_err(|error| error.to_string())
+                self.updated(cgroups.set_limit(self.pod, resource)).await
             }
             Step::PodRequest(resource) => {
                 self.tell_runtime(resource).await?;
-                cgroups.set_shares(self.pod).await.map_err(|error| error.to_string())
+                self.updated(cgroups.set_shares(self.pod)).await
             }
             Step::Container(index, resource) => self.update(index, resource).await,
             Step::PodDone(resource) => {
@@ -98,6 +101,14 @@ impl Resize<'_> {
                 Ok(())
             }
         }
+    }
+
+    async fn updated(&self, update: impl Future<Output = Result<(), CgroupError>>) -> Result<(), String> {
+        let parts = &self.context.parts;
+        let began = parts.clock.now().mono;
+        let done = update.await;
+        parts.metrics.lives.cgroup("update", parts.clock.now().mono - began);
+        done.map_err(|error| error.to_string())
     }
 
     /// Runtimes that size a virtual machine by its pod want to know first, and may refuse.

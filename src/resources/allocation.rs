@@ -47,7 +47,32 @@ pub struct NodeRoom {
 pub enum Verdict {
     Fits,
     Deferred(String),
-    Infeasible(String),
+    Infeasible(Infeasible),
+}
+
+/// Why this node will never do it. `Display` is upstream's wording.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Infeasible {
+    #[error("In-place resize of containers with swap is not supported.")]
+    Swap,
+    #[error("InPlacePodLevelResourcesVerticalScaling is disabled")]
+    PodLevel,
+    #[error(r#"Resize is infeasible for Guaranteed Pods alongside CPU Manager policy "static""#)]
+    StaticCpus,
+    #[error(r#"Resize is infeasible for Guaranteed Pods alongside Memory Manager policy "Static""#)]
+    StaticMemory,
+}
+
+impl Infeasible {
+    /// As the metric words it.
+    pub fn detail(self) -> &'static str {
+        match self {
+            Self::Swap => "swap_limitation",
+            Self::PodLevel => "plr_feature_gate_off",
+            Self::StaticCpus => "guaranteed_pod_cpu_manager_static_policy",
+            Self::StaticMemory => "guaranteed_pod_memory_manager_static_policy",
+        }
+    }
 }
 
 /// One resource that the node has too little of. `Display` is upstream's wording. CPU in millicores, everything else in units.
@@ -116,20 +141,20 @@ pub fn review(desired: &Pod, allocated: &Pod, room: &NodeRoom, policy: &ResizePo
     }
 }
 
-fn infeasible(desired: &Pod, allocated: &Pod, policy: &ResizePolicy) -> Option<String> {
+fn infeasible(desired: &Pod, allocated: &Pod, policy: &ResizePolicy) -> Option<Infeasible> {
     if policy.limited_swap && swap_would_change(desired, allocated) {
-        return Some("In-place resize of containers with swap is not supported.".into());
+        return Some(Infeasible::Swap);
     }
     let whole = same_resources(desired.spec().resources.as_ref(), allocated.spec().resources.as_ref());
     if !policy.pod_level && !whole {
-        return Some("InPlacePodLevelResourcesVerticalScaling is disabled".into());
+        return Some(Infeasible::PodLevel);
     }
     if qos_class(desired) == QosClass::Guaranteed {
         if policy.static_cpus && requests_differ(desired, allocated, |size| size.cpu_request) {
-            return Some(r#"Resize is infeasible for Guaranteed Pods alongside CPU Manager policy "static""#.into());
+            return Some(Infeasible::StaticCpus);
         }
         if policy.static_memory && requests_differ(desired, allocated, |size| size.memory_request) {
-            return Some(r#"Resize is infeasible for Guaranteed Pods alongside Memory Manager policy "Static""#.into());
+            return Some(Infeasible::StaticMemory);
         }
     }
     None
@@ -312,13 +337,11 @@ mod tests {
         let cpus = ResizePolicy { static_cpus: true, ..base };
         let memory = ResizePolicy { static_memory: true, ..base };
         let old = guaranteed("1", "1Gi");
-        let static_cpu = r#"Resize is infeasible for Guaranteed Pods alongside CPU Manager policy "static""#;
-        let static_memory = r#"Resize is infeasible for Guaranteed Pods alongside Memory Manager policy "Static""#;
         for (policy, new, expected) in [
             (base, guaranteed("2", "2Gi"), Verdict::Fits),
-            (cpus, guaranteed("2", "1Gi"), Verdict::Infeasible(static_cpu.into())),
+            (cpus, guaranteed("2", "1Gi"), Verdict::Infeasible(Infeasible::StaticCpus)),
             (cpus, guaranteed("1", "2Gi"), Verdict::Fits),
-            (memory, guaranteed("1", "2Gi"), Verdict::Infeasible(static_memory.into())),
+            (memory, guaranteed("1", "2Gi"), Verdict::Infeasible(Infeasible::StaticMemory)),
             (memory, guaranteed("2", "1Gi"), Verdict::Fits),
         ] {
             assert_eq!(review(&new, &old, &room(&[]), &policy), expected);
@@ -328,9 +351,23 @@ mod tests {
     }
 
     #[test]
+    fn p70_what_is_infeasible_is_worded_as_upstream() {
+        let static_cpu = r#"Resize is infeasible for Guaranteed Pods alongside CPU Manager policy "static""#;
+        let static_memory = r#"Resize is infeasible for Guaranteed Pods alongside Memory Manager policy "Static""#;
+        for (why, text) in [
+            (Infeasible::Swap, "In-place resize of containers with swap is not supported."),
+            (Infeasible::PodLevel, "InPlacePodLevelResourcesVerticalScaling is disabled"),
+            (Infeasible::StaticCpus, static_cpu),
+            (Infeasible::StaticMemory, static_memory),
+        ] {
+            assert_eq!(why.to_string(), text);
+        }
+    }
+
+    #[test]
     fn p70_swap_and_pod_level_gate() {
         let swap = ResizePolicy { limited_swap: true, ..ResizePolicy::default() };
-        let refused = Verdict::Infeasible("In-place resize of containers with swap is not supported.".into());
+        let refused = Verdict::Infeasible(Infeasible::Swap);
         assert_eq!(review(&pod(asks("1", "2Gi")), &pod(asks("1", "1Gi")), &room(&[]), &swap), refused);
         assert_eq!(review(&pod(asks("2", "1Gi")), &pod(asks("1", "1Gi")), &room(&[]), &swap), Verdict::Fits);
         let restarts = |memory: &str| {
@@ -343,7 +380,7 @@ mod tests {
 
         let whole = |cpu: &str| pod(json!({"resources": {"requests": {"cpu": cpu}}, "containers": [{"name": "c"}]}));
         let off = ResizePolicy { pod_level: false, ..ResizePolicy::default() };
-        let refused = Verdict::Infeasible("InPlacePodLevelResourcesVerticalScaling is disabled".into());
+        let refused = Verdict::Infeasible(Infeasible::PodLevel);
         assert_eq!(review(&whole("2"), &whole("1"), &room(&[]), &off), refused);
     }
 

@@ -9,9 +9,9 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ResourceRequirements;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +21,8 @@ use super::{
     checkpoint,
     pod_resources::{CPU, MEMORY, PodResources, same_resources},
     requests::ResourceList,
+    resize_conditions::{DEFERRED, ERROR, INFEASIBLE, ResizeCondition, ResizeConditions},
+    resize_metrics::{ResizeMetrics, Resolution, Trigger},
     resize_plan::Resource,
 };
 use crate::{
@@ -32,10 +34,6 @@ use crate::{
     wake::{Cause, WakeSink},
 };
 
-const DEFERRED: &str = "Deferred";
-const INFEASIBLE: &str = "Infeasible";
-const ERROR: &str = "Error";
-
 /// What the ledger works with.
 pub struct LedgerParts {
     pub policy: ResizePolicy,
@@ -46,26 +44,7 @@ pub struct LedgerParts {
     pub wakes: Arc<dyn WakeSink>,
     pub events: Arc<dyn EventSink>,
     pub clock: Arc<dyn Clock>,
-}
-
-/// One of the two conditions; its status is always True.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ResizeCondition {
-    pub reason: String,
-    pub message: String,
-    /// The generation of the spec that it is about: older than the pod's while an older resize is going on.
-    pub generation: i64,
-    /// When its reason became this.
-    pub since: Timestamp,
-    /// When it was last written.
-    pub at: Timestamp,
-}
-
-/// `PodResizePending` and `PodResizeInProgress`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ResizeConditions {
-    pub pending: Option<ResizeCondition>,
-    pub in_progress: Option<ResizeCondition>,
+    pub metrics: ResizeMetrics,
 }
 
 /// See the module. Cheap to clone.
@@ -148,7 +127,11 @@ impl PodLedger {
             let seen = state.pods.get(desired.uid()).filter(|entry| entry.desired.same_object(desired));
             match seen.map(|entry| entry.shown.clone()) {
                 Some(shown) => shown,
-                None => self.take_desired(&mut state, desired, &mut effects),
+                None => {
+                    let shown = self.take_desired(&mut state, desired, &mut effects);
+                    self.count(&state);
+                    shown
+                }
             }
         };
         effects.wakes.retain(|uid| uid != desired.uid());
@@ -230,8 +213,9 @@ impl PodLedger {
                     );
                     entry.conditions.in_progress = None;
                 }
-                _ => {}
+                _ => return,
             }
+            self.count(&state);
         }
         drop(state);
         self.carry_out(effects);
@@ -248,16 +232,23 @@ impl PodLedger {
                 effects.event(pod, EventType::Warning, "ResizeError", "Pod resize error", generation, message);
             }
             entry.conditions.in_progress = Some(self.condition(earlier.as_ref(), ERROR, message, generation));
+            self.count(&state);
         }
         drop(state);
         self.carry_out(effects);
     }
 
+    /// The steps of one resize were taken, or one of them failed.
+    pub fn resized(&self, success: bool, took: Duration) {
+        self.0.parts.metrics.actuated(success, took);
+    }
+
     /// Something may have become free: looks at all waiting resizes.
-    pub fn retry(&self) {
+    pub fn retry(&self, trigger: Trigger) {
         let mut effects = Effects::default();
         let mut state = self.lock();
-        self.review_waiting(&mut state, &mut effects);
+        self.review_waiting(&mut state, trigger, &mut effects);
+        self.count(&state);
         drop(state);
         self.carry_out(effects);
     }
@@ -265,13 +256,14 @@ impl PodLedger {
     /// Nothing of the pod runs any more: what it held is free.
     pub fn release(&self, uid: &PodUid) {
         let release = |entry: &mut Entry| {
+            self.pending_ended(entry, Resolution::Terminated);
             entry.conditions = ResizeConditions::default();
             entry.waiting = false;
             !std::mem::replace(&mut entry.released, true)
         };
         let freed = self.lock().pods.get_mut(uid).is_some_and(release);
         if freed {
-            self.retry();
+            self.retry(Trigger::PodTerminated);
         }
     }
 
@@ -279,13 +271,15 @@ impl PodLedger {
     pub fn forget(&self, uid: &PodUid) {
         {
             let mut state = self.lock();
-            state.pods.remove(uid);
+            if let Some(entry) = state.pods.remove(uid) {
+                self.pending_ended(&entry, Resolution::Terminated);
+            }
             let had = [state.allocated.remove(uid).is_some(), state.actuated.remove(uid).is_some()];
             if had.contains(&true) {
                 self.touch(&mut state);
             }
         }
-        self.retry();
+        self.retry(Trigger::PodsRemoved);
     }
 
     /// Waits until everything up to now is on disk. False when that failed.
@@ -313,6 +307,15 @@ impl PodLedger {
         self.0.changed.notify_one();
     }
 
+    fn count(&self, state: &State) {
+        self.0.parts.metrics.count(state.pods.values().map(|e| (&e.desired, &e.conditions)));
+    }
+
+    fn pending_ended(&self, entry: &Entry, how: Resolution) {
+        let now = self.0.parts.clock.now().wall;
+        self.0.parts.metrics.pending_ended(&entry.desired, entry.conditions.pending.as_ref(), how, now);
+    }
+
     fn carry_out(&self, effects: Effects) {
         for (pod, kind, reason, message) in effects.events {
             self.0.parts.events.event(Regarding::Pod(pod), kind, reason, message);
@@ -326,19 +329,10 @@ impl PodLedger {
         &self,
         earlier: Option<&ResizeCondition>,
         reason: &str,
-        message: &str,
+        why: &str,
         generation: i64,
     ) -> ResizeCondition {
-        let now = self.0.parts.clock.now().wall;
-        let same = earlier.filter(|c| c.reason == reason);
-        let unchanged = same.filter(|c| c.message == message && c.generation == generation);
-        ResizeCondition {
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-            generation,
-            since: same.map_or(now, |c| c.since),
-            at: unchanged.map_or(now, |c| c.at),
-        }
+        ResizeCondition::after(earlier, reason, why, generation, self.0.parts.clock.now().wall)
     }
 
     fn take_desired(&self, state: &mut State, desired: &Pod, effects: &mut Effects) -> Pod {
@@ -355,6 +349,10 @@ impl PodLedger {
         let shown = state.shown(desired, pod_level);
         let differs = !shown.same_object(desired);
         let earlier = state.pods.remove(uid);
+        if let Some(earlier) = &earlier {
+            self.0.parts.metrics.requested(&earlier.desired, desired);
+        }
+        let trigger = if earlier.is_some() { Trigger::PodUpdated } else { Trigger::PodsAdded };
         let asked_anew =
             earlier.as_ref().is_none_or(|e| !PodResources::of(&e.desired, pod_level).matches(desired, pod_level));
         let mut entry = Entry {
@@ -362,20 +360,21 @@ impl PodLedger {
             shown: shown.clone(),
             waiting: differs && (asked_anew || earlier.as_ref().is_some_and(|e| e.waiting)),
             released: earlier.as_ref().is_some_and(|e| e.released),
-            conditions: earlier.map_or_else(|| conditions_at_api(desired), |e| e.conditions),
+            conditions: earlier.map_or_else(|| ResizeConditions::at_api(desired), |e| e.conditions),
         };
         if !differs {
+            self.pending_ended(&entry, Resolution::Reverted);
             entry.conditions.pending = None;
         }
         state.pods.insert(uid.clone(), entry);
         if differs && asked_anew {
-            self.review_waiting(state, effects);
+            self.review_waiting(state, trigger, effects);
         }
         state.pods.get(uid).map_or(shown, |e| e.shown.clone())
     }
 
     /// Each waiting resize in its order: what one gets, the next does not.
-    fn review_waiting(&self, state: &mut State, effects: &mut Effects) {
+    fn review_waiting(&self, state: &mut State, trigger: Trigger, effects: &mut Effects) {
         let parts = &self.0.parts;
         let asking = |e: &&Entry| e.waiting && !e.released;
         if !state.pods.values().any(|e| asking(&e)) || !parts.store.complete() {
@@ -400,11 +399,11 @@ impl PodLedger {
         for one in waiting {
             let room = state.room(&one.desired, &pods, &allocatable, parts.policy.pod_level);
             let verdict = allocation::review(&one.desired, &one.allocated, &room, &parts.policy);
-            self.apply(state, &one.desired, verdict, effects);
+            self.apply(state, &one.desired, verdict, trigger, effects);
         }
     }
 
-    fn apply(&self, state: &mut State, desired: &Pod, verdict: Verdict, effects: &mut Effects) {
+    fn apply(&self, state: &mut State, desired: &Pod, verdict: Verdict, trigger: Trigger, effects: &mut Effects) {
         let (uid, generation) = (desired.uid(), desired.generation());
         let Some(mut entry) = state.pods.remove(uid) else { return };
         let earlier = entry.conditions.clone();
@@ -413,6 +412,10 @@ impl PodLedger {
                 let held = PodResources::of(desired, self.0.parts.policy.pod_level);
                 state.allocated.insert(uid.clone(), Arc::new(held));
                 self.touch(state);
+                if entry.conditions.pending.as_ref().is_some_and(|c| c.reason == DEFERRED) {
+                    self.0.parts.metrics.accepted_after_deferral(trigger);
+                }
+                self.pending_ended(&entry, Resolution::Accepted);
                 entry.shown = desired.clone();
                 entry.waiting = false;
                 entry.conditions =
@@ -422,7 +425,8 @@ impl PodLedger {
             Verdict::Deferred(why) => self.put_off(&mut entry, DEFERRED, "ResizeDeferred", &why, effects),
             Verdict::Infeasible(why) => {
                 entry.waiting = false;
-                self.put_off(&mut entry, INFEASIBLE, "ResizeInfeasible", &why, effects);
+                self.0.parts.metrics.infeasible(why.detail());
+                self.put_off(&mut entry, INFEASIBLE, "ResizeInfeasible", &why.to_string(), effects);
             }
         }
         if entry.conditions != earlier {
@@ -495,7 +499,7 @@ impl PodLedger {
             }
             if first || had != facts.allocatable {
                 had = facts.allocatable.clone();
-                self.retry();
+                self.retry(if first { Trigger::PodsAdded } else { Trigger::NodeChanged });
             }
             let more = tokio::select! {
                 biased;
@@ -594,23 +598,6 @@ fn text(held: &BTreeMap<PodUid, Arc<PodResources>>) -> String {
 fn allocatable(node: &NodeFacts) -> ResourceList {
     let parsed = |(name, text): (&String, &String)| Some((name.clone(), Quantity::parse(text).ok()?));
     node.allocatable.iter().filter_map(parsed).collect()
-}
-
-/// After a restart: what the API says, so that a resize in progress ends with its event, and none begins twice.
-fn conditions_at_api(pod: &Pod) -> ResizeConditions {
-    let find = |kind: &str| {
-        let at_api = pod.api_status().conditions.iter().flatten().find(|c| c.type_ == kind)?;
-        let time = |t: &Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>| t.as_ref().map(|t| t.0);
-        let since = time(&at_api.last_transition_time).unwrap_or(Timestamp::UNIX_EPOCH);
-        Some(ResizeCondition {
-            reason: at_api.reason.clone().unwrap_or_default(),
-            message: at_api.message.clone().unwrap_or_default(),
-            generation: at_api.observed_generation.unwrap_or(0),
-            since,
-            at: time(&at_api.last_probe_time).unwrap_or(since),
-        })
-    };
-    ResizeConditions { pending: find("PodResizePending"), in_progress: find("PodResizeInProgress") }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::*;
@@ -10,6 +11,7 @@ struct Node {
     events: Arc<MemoryEvents>,
     facts: watch::Sender<Arc<NodeFacts>>,
     ledger: PodLedger,
+    registry: prometheus::Registry,
 }
 
 fn facts(cpu: &str) -> Arc<NodeFacts> {
@@ -22,7 +24,9 @@ fn node(directory: Option<PathBuf>) -> Node {
     let store = Arc::new(PodStore::new(&[PodSource::Api], Arc::new(NoWakes)));
     let events = Arc::new(MemoryEvents::default());
     let (facts, node) = watch::channel(facts("4"));
+    let registry = prometheus::Registry::new();
     let ledger = PodLedger::new(LedgerParts {
+        metrics: ResizeMetrics::new(&registry).unwrap(),
         policy: ResizePolicy::default(),
         directory,
         store: Arc::clone(&store),
@@ -31,7 +35,7 @@ fn node(directory: Option<PathBuf>) -> Node {
         events: events.clone(),
         clock: Arc::new(SimulatedClock::starting_at(Timestamp::UNIX_EPOCH)),
     });
-    Node { store, events, facts, ledger }
+    Node { store, events, facts, ledger, registry }
 }
 
 fn pod_with(uid: &str, generation: i64, spec: &Value, status: &Value) -> Pod {
@@ -64,6 +68,10 @@ impl Node {
     fn pending(&self, uid: &str) -> Option<(String, i64)> {
         self.ledger.conditions(&PodUid::from(uid)).pending.map(|c| (c.reason, c.generation))
     }
+    fn has_metric(&self, line: &str) -> bool {
+        let text = prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap();
+        text.lines().any(|have| have == line)
+    }
     fn reasons(&self) -> Vec<String> {
         self.events.all().into_iter().map(|e| e.reason).collect()
     }
@@ -92,7 +100,7 @@ async fn p70_room_goes_to_the_next_in_line_and_events_are_not_repeated() {
     let deferred = |generation| Some(("Deferred".to_owned(), generation));
     assert_eq!((node.pending("a"), node.pending("b")), (deferred(2), deferred(2)));
     assert_eq!(node.reasons(), ["ResizeDeferred", "ResizeDeferred"]);
-    node.ledger.retry();
+    node.ledger.retry(Trigger::NodeChanged);
     assert_eq!(node.reasons().len(), 2);
 
     // "c" shrinks: what it still has in force is not free yet.
@@ -101,7 +109,7 @@ async fn p70_room_goes_to_the_next_in_line_and_events_are_not_repeated() {
     assert!(node.pending("a").is_some(), "c's CPU is still in use");
     let own = small.container("c").unwrap().spec.resources.clone().unwrap();
     assert!(node.ledger.container_actuated(small.uid(), "c", own));
-    node.ledger.retry();
+    node.ledger.retry(Trigger::NodeChanged);
     assert_eq!((node.pending("a"), node.pending("b")), (None, deferred(2)), "the older one comes first");
     assert_eq!(cpu(&node.ledger.look(&node.store.get(&"a".into()).unwrap())), 2000);
 
@@ -225,4 +233,42 @@ async fn p73_a_disk_that_refuses_is_told() {
     node.has(&[pod("a", 1, "2")]);
     assert!(!node.ledger.persisted().await);
     cancel.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn p72_a_deferred_resize_is_counted_while_it_waits_and_when_it_is_accepted() {
+    let node = node(None);
+    node.has(&[pod("a", 1, "1"), pod("b", 1, "2")]);
+    node.asks(&pod("a", 2, "3"));
+    assert_eq!(node.pending("a"), Some(("Deferred".to_owned(), 2)));
+    assert!(node.has_metric(r#"kubelet_pod_pending_resizes{priority_bucket="normal",reason="deferred"} 1"#));
+    let name = "kubelet_container_requested_resizes_total";
+    let labels = r#"{operation="increase",requirement="requests",resource="cpu"}"#;
+    assert!(node.has_metric(&format!("{name}{labels} 1")));
+    tokio::time::advance(Duration::from_secs(40)).await;
+    node.ledger.release(&"b".into());
+    assert_eq!(node.pending("a"), None);
+    for line in [
+        r#"kubelet_pod_deferred_accepted_resizes_total{retry_trigger="pod_terminated"} 1"#,
+        r#"kubelet_pod_deferred_resize_duration_seconds_bucket{priority_bucket="normal",resolution="accepted",le="45"} 1"#,
+        r#"kubelet_pod_deferred_resize_duration_seconds_bucket{priority_bucket="normal",resolution="accepted",le="30"} 0"#,
+        "kubelet_pod_in_progress_resizes 1",
+    ] {
+        assert!(node.has_metric(line), "no line {line}");
+    }
+    node.ledger.resized(true, Duration::from_millis(70));
+    assert!(node.has_metric(r#"kubelet_pod_resize_duration_milliseconds_bucket{success="true",le="100"} 1"#));
+    node.ledger.progress(&pod("a", 2, "3"), false);
+    assert!(node.has_metric("kubelet_pod_in_progress_resizes 0"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn p72_a_resize_that_is_taken_back_waits_no_longer() {
+    let node = node(None);
+    node.has(&[pod("a", 1, "1"), pod("b", 1, "2")]);
+    node.asks(&pod("a", 2, "3"));
+    node.asks(&pod("a", 3, "1"));
+    let name = "kubelet_pod_deferred_resize_duration_seconds_count";
+    assert!(node.has_metric(&format!(r#"{name}{{priority_bucket="normal",resolution="reverted"}} 1"#)));
+    assert!(!node.has_metric(r#"kubelet_pod_pending_resizes{priority_bucket="normal",reason="deferred"} 1"#));
 }

@@ -16,12 +16,14 @@ mod pod_resources;
 mod qos;
 mod requests;
 mod reserved;
+mod resize_conditions;
+mod resize_metrics;
 pub mod resize_plan;
 mod systemd;
 
 pub use cgroup_names::CgroupName;
 pub use cgroups::{CgroupError, CgroupSettings, KubepodsCgroups, PodCgroups};
-pub use ledger::{HeldAllocations, LedgerParts, PodLedger, ResizeCondition, ResizeConditions};
+pub use ledger::{HeldAllocations, LedgerParts, PodLedger};
 pub use pod_resources::{ContainerSize, PodResources, PodSize, same_resources};
 pub use qos::{
     CLUSTER_CRITICAL_PRIORITY, QosClass, cpu_quota, cpu_shares, cpu_weight, is_critical, is_node_critical,
@@ -30,3 +32,5 @@ pub use qos::{
 pub(crate) use requests::pod_level_set;
 pub use requests::{ResourceList, hugepage_size, pod_limits, pod_requests, resource_list};
 pub use reserved::ReservedCgroup;
+pub use resize_conditions::{ResizeCondition, ResizeConditions};
+pub use resize_metrics::{ResizeMetrics, Trigger};

@@ -34,7 +34,7 @@ use rkubelet::{
     pods::{ContainerRef, Pod, PodSource, PodStore, PodUid},
     probes::{ContainerVerdicts, Liveness, PodProbes, ProbeTarget, Readiness, Startup},
     resources::{
-        CgroupError, LedgerParts, PodCgroups, PodLedger, PodSize,
+        CgroupError, LedgerParts, PodCgroups, PodLedger, PodSize, ResizeMetrics,
         allocation::ResizePolicy,
         resize_plan::{PodCgroup, Resource},
     },
@@ -394,6 +394,7 @@ impl Rig {
             wakes: Arc::clone(&wakes),
             events: self.events.clone(),
             clock: Arc::clone(&self.clock),
+            metrics: ResizeMetrics::new(&registry).unwrap(),
         });
         let admission = NodeAdmission::new(AdmissionParts {
             policy: Policy { declared_features: ["RestartAllContainersOnContainerExits"].into(), ..Policy::default() },

@@ -23,7 +23,7 @@ use crate::{
     node::{NodeFacts, ReadNode},
     pod_worker::view::KillOrder,
     pods::{Pod, PodSource, PodStore, PodUid},
-    resources::{LedgerParts, PodLedger, allocation::ResizePolicy},
+    resources::{LedgerParts, PodLedger, ResizeMetrics, allocation::ResizePolicy},
     time::{Clock, SimulatedClock},
     wake::{Cause, NoWakes, WakeSink},
 };
@@ -95,6 +95,7 @@ impl House {
             wakes: Arc::new(NoWakes),
             events: Arc::clone(&events) as _,
             clock: Arc::clone(&clock),
+            metrics: ResizeMetrics::new(&prometheus::Registry::new()).unwrap(),
         });
         Self {
             runtime,

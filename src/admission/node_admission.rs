@@ -52,17 +52,17 @@ pub struct AdmissionParts {
     pub clock: Arc<dyn Clock>,
 }
 
-/// See the module. Cheap to clone; all clones are one ledger.
+/// See the module. Cheap to clone; all clones share the places.
 #[derive(Clone)]
 pub struct NodeAdmission(Arc<Inner>);
 
 struct Inner {
     parts: AdmissionParts,
-    ledger: Mutex<Ledger>,
+    places: Mutex<Places>,
 }
 
 #[derive(Default)]
-struct Ledger {
+struct Places {
     entries: BTreeMap<PodUid, Entry>,
     /// Places given so far: the order of arrival.
     arrivals: u64,
@@ -113,7 +113,7 @@ impl InLine {
 
 impl NodeAdmission {
     pub fn new(parts: AdmissionParts) -> Self {
-        Self(Arc::new(Inner { parts, ledger: Mutex::default() }))
+        Self(Arc::new(Inner { parts, places: Mutex::default() }))
     }
 
     /// How many pods something is kept of.
@@ -145,10 +145,10 @@ impl NodeAdmission {
             node.read_again().await;
         }
         {
-            let mut ledger = self.0.lock();
-            if matches!(ledger.entries.get(&uid), Some(Entry::Rereading)) {
-                ledger.entries.remove(&uid);
-                ledger.reread.insert(uid.clone());
+            let mut places = self.0.lock();
+            if matches!(places.entries.get(&uid), Some(Entry::Rereading)) {
+                places.entries.remove(&uid);
+                places.reread.insert(uid.clone());
             }
         }
         self.0.parts.wakes.wake(&uid, Cause::Admission);
@@ -159,11 +159,11 @@ impl PodAdmission for NodeAdmission {
     fn standing(&self, pod: &Pod) -> Standing {
         let mut consequences = Consequences::default();
         let standing = {
-            let mut ledger = self.0.lock();
-            if !ledger.entries.contains_key(pod.uid()) {
-                self.0.decide_line(&mut ledger, pod, &mut consequences);
+            let mut places = self.0.lock();
+            if !places.entries.contains_key(pod.uid()) {
+                self.0.decide_line(&mut places, pod, &mut consequences);
             }
-            self.0.standing(&mut ledger, pod.uid(), &mut consequences)
+            self.0.standing(&mut places, pod.uid(), &mut consequences)
         };
         self.carry_out(consequences);
         standing
@@ -172,17 +172,17 @@ impl PodAdmission for NodeAdmission {
     fn release(&self, uid: &PodUid) {
         let mut consequences = Consequences::default();
         {
-            let mut ledger = self.0.lock();
-            self.0.leave(&mut ledger, uid, &mut consequences);
+            let mut places = self.0.lock();
+            self.0.leave(&mut places, uid, &mut consequences);
         }
         self.carry_out(consequences);
     }
 
     fn forget(&self, uid: &PodUid) {
         self.release(uid);
-        let mut ledger = self.0.lock();
-        ledger.entries.remove(uid);
-        ledger.reread.remove(uid);
+        let mut places = self.0.lock();
+        places.entries.remove(uid);
+        places.reread.remove(uid);
     }
 
     fn updated(&self, old: &Pod, new: &Pod) {
@@ -197,12 +197,12 @@ impl PodAdmission for NodeAdmission {
 }
 
 impl Inner {
-    fn lock(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Decides on every pod that has no decision yet, in order, the asking one among them.
-    fn decide_line(&self, ledger: &mut Ledger, asking: &Pod, consequences: &mut Consequences) {
+    fn decide_line(&self, places: &mut Places, asking: &Pod, consequences: &mut Consequences) {
         let facts = self.parts.node.borrow().clone();
         if !facts.runtime_ready || facts.allocatable.is_empty() || !self.parts.runtime.complete() {
             return;
@@ -215,13 +215,13 @@ impl Inner {
         let known: HashSet<PodUid> = desired.iter().map(|pod| pod.uid().clone()).collect();
         let mut allocations = self.parts.allocations.hold();
         for pod in &desired {
-            ledger.refresh(pod, &allocations);
+            places.refresh(pod, &allocations);
         }
-        let undecided = desired.into_iter().filter(|pod| !ledger.entries.contains_key(pod.uid()));
+        let undecided = desired.into_iter().filter(|pod| !places.entries.contains_key(pod.uid()));
         let mut line: Vec<InLine> = undecided.filter_map(|pod| self.in_line(pod, &facts)).collect();
         line.sort_by_cached_key(InLine::key);
         for next in line {
-            self.decide(ledger, next, &facts, &known, &mut allocations, consequences);
+            self.decide(places, next, &facts, &known, &mut allocations, consequences);
         }
     }
 
@@ -239,7 +239,7 @@ impl Inner {
 
     fn decide(
         &self,
-        ledger: &mut Ledger,
+        places: &mut Places,
         next: InLine,
         facts: &NodeFacts,
         known: &HashSet<PodUid>,
@@ -251,55 +251,55 @@ impl Inner {
         let pod = allocations.shown(&pod);
         if pod.deletion_timestamp().is_some() {
             // On its way out, and in its place until it is gone.
-            return ledger.place(pod, BTreeSet::new(), self.parts.clock.now().mono);
+            return places.place(pod, BTreeSet::new(), self.parts.clock.now().mono);
         }
-        let decision = admit(&Candidate { pod: &pod, running }, facts, &ledger.occupants(known), &self.parts.policy);
+        let decision = admit(&Candidate { pod: &pod, running }, facts, &places.occupants(known), &self.parts.policy);
         match decision {
-            Decision::Admitted => self.admitted(ledger, pod, BTreeSet::new(), allocations),
-            Decision::AdmittedAfter(leaving) => self.admitted(ledger, pod, leaving, allocations),
+            Decision::Admitted => self.admitted(places, pod, BTreeSet::new(), allocations),
+            Decision::AdmittedAfter(leaving) => self.admitted(places, pod, leaving, allocations),
             Decision::Rejected { labels_decide: true, .. }
-                if self.parts.reread.is_some() && !ledger.reread.contains(pod.uid()) =>
+                if self.parts.reread.is_some() && !places.reread.contains(pod.uid()) =>
             {
                 consequences.reread.push(pod.uid().clone());
-                ledger.entries.insert(pod.uid().clone(), Entry::Rereading);
+                places.entries.insert(pod.uid().clone(), Entry::Rereading);
             }
             Decision::Rejected { rejection, .. } => {
                 allocations.discard(pod.uid());
-                self.rejected(ledger, &pod, rejection, consequences);
+                self.rejected(places, &pod, rejection, consequences);
             }
             Decision::Preempt { victims, mut leaving, signal } => {
                 for victim in &victims {
-                    ledger.preempt(victim, &signal, consequences);
+                    places.preempt(victim, &signal, consequences);
                 }
                 leaving.extend(victims);
-                self.admitted(ledger, pod, leaving, allocations);
+                self.admitted(places, pod, leaving, allocations);
             }
         }
     }
 
     fn admitted(
         &self,
-        ledger: &mut Ledger,
+        places: &mut Places,
         pod: Pod,
         waits_for: BTreeSet<PodUid>,
         allocations: &mut HeldAllocations<'_>,
     ) {
-        let wait = waits_for.iter().filter_map(|uid| ledger.held(uid)).map(|p| longest_wait(&p.occupant.pod)).max();
+        let wait = waits_for.iter().filter_map(|uid| places.held(uid)).map(|p| longest_wait(&p.occupant.pod)).max();
         let until = self.parts.clock.now().mono + wait.unwrap_or(LEAST_WAIT);
         self.parts.metrics.admitted(&pod);
         allocations.allocate(&pod);
-        ledger.place(pod, waits_for, until);
+        places.place(pod, waits_for, until);
     }
 
-    fn rejected(&self, ledger: &mut Ledger, pod: &Pod, rejection: Rejection, consequences: &mut Consequences) {
+    fn rejected(&self, places: &mut Places, pod: &Pod, rejection: Rejection, consequences: &mut Consequences) {
         tracing::info!(pod = %pod.described(), reason = rejection.reason, message = rejection.message, "Pod rejected");
         self.parts.metrics.rejected(&rejection);
         consequences.events.push((pod.clone(), rejection.reason.clone(), rejection.message.clone()));
-        ledger.entries.insert(pod.uid().clone(), Entry::Rejected(rejection));
+        places.entries.insert(pod.uid().clone(), Entry::Rejected(rejection));
     }
 
-    fn standing(&self, ledger: &mut Ledger, uid: &PodUid, consequences: &mut Consequences) -> Standing {
-        let place = match ledger.entries.get_mut(uid) {
+    fn standing(&self, places: &mut Places, uid: &PodUid, consequences: &mut Consequences) -> Standing {
+        let place = match places.entries.get_mut(uid) {
             Some(Entry::Holds(place)) => place,
             Some(Entry::Left) => return Standing::Admitted,
             Some(Entry::Rejected(rejection)) => return Standing::Rejected(rejection.clone()),
@@ -313,13 +313,13 @@ impl Inner {
         }
         // As upstream: the critical pod starts beside what cannot be killed.
         let overdue = std::mem::take(&mut place.waits_for);
-        let late = overdue.iter().filter_map(|uid| ledger.held(uid)).map(|p| p.occupant.pod.clone());
+        let late = overdue.iter().filter_map(|uid| places.held(uid)).map(|p| p.occupant.pod.clone());
         consequences.events.extend(late.map(|pod| (pod, "ExceededGracePeriod".to_owned(), OVERDUE.to_owned())));
         Standing::Admitted
     }
 
-    fn leave(&self, ledger: &mut Ledger, uid: &PodUid, consequences: &mut Consequences) {
-        match ledger.entries.get_mut(uid) {
+    fn leave(&self, places: &mut Places, uid: &PodUid, consequences: &mut Consequences) {
+        match places.entries.get_mut(uid) {
             Some(entry @ Entry::Holds(_)) => {
                 if let Entry::Holds(place) = std::mem::replace(entry, Entry::Left)
                     && let Some(signal) = &place.preempted_for
@@ -329,12 +329,12 @@ impl Inner {
             }
             // Ended before anything was decided: nothing is to be decided any more.
             Some(Entry::Rereading) => {
-                ledger.entries.remove(uid);
+                places.entries.remove(uid);
                 return;
             }
             _ => return,
         }
-        for (waiting, entry) in &mut ledger.entries {
+        for (waiting, entry) in &mut places.entries {
             if let Entry::Holds(place) = entry
                 && place.waits_for.remove(uid)
                 && place.waits_for.is_empty()
@@ -345,7 +345,7 @@ impl Inner {
     }
 }
 
-impl Ledger {
+impl Places {
     fn held(&self, uid: &PodUid) -> Option<&Place> {
         match self.entries.get(uid) {
             Some(Entry::Holds(place)) => Some(place),

@@ -5,63 +5,63 @@
 
 use std::collections::BTreeSet;
 
-use crate::{config::FeatureGates, pods::Pod};
+use crate::{config::FeatureGates, cri::v1, pods::Pod};
 
 /// One of the nine declared features of 1.37. Feature and gate have one name.
 struct Feature {
     name: &'static str,
-    /// This agent does it.
-    works: bool,
+    /// This agent does it, over a runtime that can do this.
+    works: fn(&v1::RuntimeFeatures) -> bool,
     needed_by_pod: fn(&Pod) -> bool,
     needed_by_update: fn(&Pod, &Pod) -> bool,
 }
 
 /// By name.
 const FEATURES: [Feature; 9] = [
-    Feature { name: "DRANodeAllocatableResources", works: false, needed_by_pod: no_pod, needed_by_update: no_update },
-    Feature { name: "DRAOptionalNodeOperations", works: false, needed_by_pod: no_pod, needed_by_update: no_update },
-    Feature { name: "ExtendWebSocketsToKubelet", works: false, needed_by_pod: no_pod, needed_by_update: no_update },
+    Feature { name: "DRANodeAllocatableResources", works: not_yet, needed_by_pod: no_pod, needed_by_update: no_update },
+    Feature { name: "DRAOptionalNodeOperations", works: not_yet, needed_by_pod: no_pod, needed_by_update: no_update },
+    Feature { name: "ExtendWebSocketsToKubelet", works: not_yet, needed_by_pod: no_pod, needed_by_update: no_update },
     Feature {
         name: "InPlacePodLevelResourcesVerticalScaling",
-        works: true,
+        works: anywhere,
         needed_by_pod: no_pod,
         needed_by_update: resizes_pod_level,
     },
     Feature {
         name: "InPlacePodVerticalScalingInitContainers",
-        works: true,
+        works: anywhere,
         needed_by_pod: no_pod,
         needed_by_update: resizes_init_container,
     },
     Feature {
         name: "InPlacePodVerticalScalingMemoryBackedVolumes",
-        works: false,
+        works: not_yet,
         needed_by_pod: no_pod,
         needed_by_update: resizes_memory_volume,
     },
     Feature {
         name: "RestartAllContainersOnContainerExits",
-        works: true,
+        works: anywhere,
         needed_by_pod: restarts_all_containers,
         needed_by_update: no_update,
     },
     Feature {
         name: "UserNamespacesHostNetworkSupport",
-        works: false,
+        works: |runtime| runtime.user_namespaces_host_network,
         needed_by_pod: user_namespace_on_host_network,
         needed_by_update: no_update,
     },
     Feature {
         name: "VolumeBindMountOptions",
-        works: false,
+        works: |runtime| runtime.mount_options,
         needed_by_pod: bind_mount_options,
         needed_by_update: no_update,
     },
 ];
 
-/// What this node declares, sorted.
-pub fn declared_features(gates: &FeatureGates) -> BTreeSet<&'static str> {
-    FEATURES.iter().filter(|f| f.works && gates.enabled(f.name)).map(|f| f.name).collect()
+/// What this node declares over this runtime, sorted.
+pub fn declared_features(gates: &FeatureGates, runtime: &v1::RuntimeFeatures) -> BTreeSet<&'static str> {
+    FEATURES.iter().filter(|f| (f.works)(runtime) && gates.enabled(f.name)).map(|f| f.name).collect()
 }
 
 /// What the pod needs and the node does not declare, sorted.
@@ -76,6 +76,15 @@ pub fn missing_for_update(old: &Pod, new: &Pod, declared: &BTreeSet<&'static str
 
 fn missing(declared: &BTreeSet<&'static str>, needed: impl Fn(&Feature) -> bool) -> Vec<&'static str> {
     FEATURES.iter().filter(|f| !declared.contains(f.name) && needed(f)).map(|f| f.name).collect()
+}
+
+fn anywhere(_: &v1::RuntimeFeatures) -> bool {
+    true
+}
+
+/// The two of DRA, WebSockets that end at the node, and memory volumes that grow.
+fn not_yet(_: &v1::RuntimeFeatures) -> bool {
+    false
 }
 
 fn no_pod(_: &Pod) -> bool {
@@ -137,10 +146,15 @@ mod tests {
         let names: Vec<&str> = FEATURES.iter().map(|f| f.name).collect();
         assert!(names.is_sorted());
         let gates = FeatureGates::default();
-        let declared = declared_features(&gates);
-        for feature in &FEATURES {
-            assert_eq!(declared.contains(feature.name), feature.works && gates.enabled(feature.name));
-        }
+        let runtime =
+            v1::RuntimeFeatures { user_namespaces_host_network: true, mount_options: true, ..Default::default() };
+        let declared = declared_features(&gates, &runtime);
+        let expected = [
+            "InPlacePodLevelResourcesVerticalScaling",
+            "InPlacePodVerticalScalingInitContainers",
+            "RestartAllContainersOnContainerExits",
+        ];
+        assert_eq!(Vec::from_iter(&declared), Vec::from_iter(&expected));
         // What the Go kubelet declares with the default gates is the most that we may.
         let go = [
             "ExtendWebSocketsToKubelet",
@@ -150,6 +164,19 @@ mod tests {
         ];
         assert!(declared.iter().all(|name| go.contains(name)), "{declared:?}");
         assert!(go.iter().all(|name| gates.enabled(name)));
+    }
+
+    #[test]
+    fn n13_what_the_runtime_must_do_is_declared_only_when_it_can() {
+        let on = [("VolumeBindMountOptions", true), ("UserNamespacesHostNetworkSupport", true)];
+        let gates = FeatureGates::from_map(&on.map(|(name, on)| (name.to_owned(), on)).into()).unwrap();
+        let declares = |user_namespaces_host_network, mount_options| {
+            let runtime = v1::RuntimeFeatures { user_namespaces_host_network, mount_options, ..Default::default() };
+            let declared = declared_features(&gates, &runtime);
+            on.map(|(name, _)| declared.contains(name))
+        };
+        assert_eq!(declares(false, true), [true, false]);
+        assert_eq!(declares(true, false), [false, true]);
     }
 
     #[test]

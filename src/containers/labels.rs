@@ -3,11 +3,17 @@
 
 use std::{collections::HashMap, str::FromStr};
 
-use k8s_openapi::api::core::v1::{Container, ContainerPort, LifecycleHandler};
+use k8s_openapi::{
+    api::core::v1::{self as corev1, Container, ContainerPort, Lifecycle, LifecycleHandler, PodSpec},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 use serde::de::DeserializeOwned;
 
 use super::container_hash;
-use crate::pods::{Pod, PodUid};
+use crate::{
+    cri,
+    pods::{Pod, PodSource, PodUid},
+};
 
 pub const POD_NAME: &str = "io.kubernetes.pod.name";
 pub const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
@@ -175,6 +181,34 @@ impl ContainerAnnotations {
     }
 }
 
+/// The pod of a container that no source knows any more, as far as the container's labels and annotations tell: enough to stop it by the
+/// book, with its event and its preStop hook (contract P-29). Its spec has this one container.
+pub fn remembered_pod(container: &cri::Container) -> Option<Pod> {
+    let ContainerLabels { pod, container: name } = ContainerLabels::read(&container.labels)?;
+    let annotations = ContainerAnnotations::read(&container.annotations);
+    let lifecycle = annotations.pre_stop.map(|hook| Lifecycle { pre_stop: Some(hook), ..Default::default() });
+    let spec = PodSpec {
+        containers: vec![Container {
+            name,
+            ports: Some(annotations.ports).filter(|ports| !ports.is_empty()),
+            termination_message_path: Some(annotations.termination_message_path),
+            lifecycle,
+            ..Default::default()
+        }],
+        termination_grace_period_seconds: annotations.termination_grace,
+        ..Default::default()
+    };
+    let metadata = ObjectMeta {
+        name: Some(pod.name),
+        namespace: Some(pod.namespace),
+        uid: Some(pod.uid.to_string()),
+        deletion_grace_period_seconds: annotations.deletion_grace,
+        ..Default::default()
+    };
+    let object = corev1::Pod { metadata, spec: Some(spec), status: None };
+    Pod::new(object, PodSource::Api, container.created_at)
+}
+
 fn number<T: FromStr>(annotations: &Map, key: &str) -> Option<T> {
     let parsed = annotations.get(key)?.parse().ok();
     if parsed.is_none() {
@@ -254,6 +288,24 @@ mod tests {
         assert_eq!(read.termination_message_policy, TerminationMessagePolicy::FallbackToLogsOnError);
         assert_eq!(read.pre_stop.as_ref(), container.lifecycle.as_ref().unwrap().pre_stop.as_ref());
         assert_eq!(Some(&read.ports), container.ports.as_ref());
+    }
+
+    #[test]
+    fn p29_a_container_remembers_how_it_is_to_be_stopped() {
+        let pod = pod();
+        let spec = pod.container("c").unwrap().spec;
+        let container = cri::Container {
+            labels: container_labels(&pod, spec),
+            annotations: container_annotations(&pod, spec, 0),
+            ..cri::fixtures::seen("c")
+        };
+        let remembered = remembered_pod(&container).unwrap();
+        assert_eq!((remembered.name(), remembered.namespace(), remembered.uid()), ("p", "ns", pod.uid()));
+        assert_eq!(remembered.spec().termination_grace_period_seconds, Some(30));
+        assert_eq!(remembered.metadata().deletion_grace_period_seconds, Some(5));
+        let again = remembered.container("c").unwrap().spec;
+        assert_eq!((&again.lifecycle, &again.ports), (&spec.lifecycle, &spec.ports));
+        assert!(remembered_pod(&cri::Container { labels: Map::new(), ..container }).is_none());
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub use hash::container_hash;
 pub(crate) use hash::go_json;
 pub use labels::{
     ContainerAnnotations, ContainerLabels, DEFAULT_TERMINATION_MESSAGE_PATH, SandboxLabels, TerminationMessagePolicy,
+    remembered_pod,
 };
 pub use log_paths::{container_log_directory, container_log_link, container_log_path, pod_log_directory};
 pub use ports::{ConfigError, ContainerInputs, SandboxInputs, as_map};

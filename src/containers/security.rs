@@ -390,6 +390,17 @@ mod tests {
     }
 
     #[test]
+    fn n13_a_pod_on_the_hosts_network_may_have_users_of_its_own() {
+        let users = v1::UserNamespace { mode: NamespaceMode::Pod.into(), ..Default::default() };
+        let security = sandbox_security(&pod(r#"{"hostUsers":false,"hostNetwork":true}"#), Some(&users)).unwrap();
+        let options = security.namespace_options.unwrap();
+        assert_eq!(
+            (options.network(), options.userns_options.unwrap().mode()),
+            (NamespaceMode::Node, NamespaceMode::Pod)
+        );
+    }
+
+    #[test]
     fn p58_user_namespaces_are_refused_not_ignored() {
         let error = sandbox_security(&pod(r#"{"hostUsers":false}"#), None).unwrap_err();
         assert_eq!(error.message, "can't set `spec.hostUsers: false`, runtime does not support user namespaces");

@@ -133,10 +133,14 @@ impl NodeImages {
         ))
     }
 
-    fn spec(&self, pod: &Pod) -> v1::ImageSpec {
+    /// What images of this pod have in common for the runtime: its annotations, and the handler of its class (contract I-15).
+    async fn spec(&self, pod: &Pod) -> Result<v1::ImageSpec, ImageError> {
         let annotations = pod.annotations().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let handler = pod.spec().runtime_class_name.clone().filter(|_| self.handler_in_specs);
-        v1::ImageSpec { annotations, runtime_handler: handler.unwrap_or_default(), ..Default::default() }
+        let runtime_handler = match self.handler_in_specs {
+            true => self.parts.objects.runtime_handler(pod).await.map_err(|e| super::flow::aborted(&e.to_string()))?,
+            false => String::new(),
+        };
+        Ok(v1::ImageSpec { annotations, runtime_handler, ..Default::default() })
     }
 
     /// Joins the try that another container of the pod has begun. A try goes on when who asked has gone away.
@@ -145,6 +149,7 @@ impl NodeImages {
         pod: &Pod,
         volume: &str,
         source: &ImageVolumeSource,
+        spec: v1::ImageSpec,
         sandbox: &v1::PodSandboxConfig,
     ) -> VolumePull {
         let key = (pod.uid().clone(), volume.to_owned());
@@ -158,7 +163,7 @@ impl NodeImages {
             regarding: Regarding::Pod(pod.clone()),
             requested: source.reference.clone().unwrap_or_default(),
             pull_policy: source.pull_policy.clone(),
-            spec: self.spec(pod),
+            spec,
         };
         let (parts, volumes, sandbox, ends) =
             (Arc::clone(&self.parts), Arc::clone(&self.volumes), sandbox.clone(), key.clone());
@@ -189,7 +194,7 @@ impl Images for NodeImages {
             regarding: regarding.clone(),
             requested: container.image().to_owned(),
             pull_policy: container.spec.image_pull_policy.clone(),
-            spec: self.spec(pod),
+            spec: self.spec(pod).await?,
         };
         let result = self.parts.ensure(turn, sandbox).await;
         if let Err(error) = &result {
@@ -205,8 +210,10 @@ impl Images for NodeImages {
         source: &ImageVolumeSource,
         sandbox: &v1::PodSandboxConfig,
     ) -> Result<v1::ImageSpec, ImageError> {
-        let PresentImage { reference, requested, .. } = self.pull_volume(pod, volume, source, sandbox).await?;
-        Ok(v1::ImageSpec { image: reference, user_specified_image: requested, ..self.spec(pod) })
+        let spec = self.spec(pod).await?;
+        let PresentImage { reference, requested, .. } =
+            self.pull_volume(pod, volume, source, spec.clone(), sandbox).await?;
+        Ok(v1::ImageSpec { image: reference, user_specified_image: requested, ..spec })
     }
 
     fn volumes_mounted(&self, count: usize, mounted: bool) {

@@ -14,7 +14,10 @@ use tonic::Code;
 
 use super::*;
 use crate::{
-    api::{ApiError, ConfigMapData, ReferencedObjects, SecretData, ServiceAccountToken, ServiceEnv, TokenSpec},
+    api::{
+        ApiError, ConfigMapData, ReferencedObjects, RuntimeClassData, SecretData, ServiceAccountToken, ServiceEnv,
+        TokenSpec,
+    },
     containers::tests::pod,
     cri::{CriError, ImageService},
     events::{EventType, MemoryEvents, Regarding},
@@ -108,6 +111,12 @@ impl ReferencedObjects for Secrets {
     }
     fn services(&self, _: &str) -> Option<Vec<ServiceEnv>> {
         None
+    }
+    async fn runtime_class(&self, name: &str) -> Result<Arc<RuntimeClassData>, ApiError> {
+        match name {
+            "confidential" => Ok(Arc::new(RuntimeClassData { handler: "kata".into() })),
+            _ => Err(ApiError::NotFound { kind: "runtimeclasses", name: name.into() }),
+        }
     }
 }
 
@@ -573,9 +582,14 @@ async fn i13_an_image_volume_that_cannot_be_pulled_backs_off_without_container_e
 async fn i15_the_handler_goes_with_the_image_only_when_the_gate_is_on() {
     for (on, handler) in [(true, "kata"), (false, "")] {
         let world = World::with(|s| s.handler_in_specs = on, Secrets::default());
-        let pod = pod(r#"{"runtimeClassName":"kata"}"#);
         let sandbox = v1::PodSandboxConfig::default();
-        let spec = world.images.ensure_volume(&pod, "v", &image_volume("Always"), &sandbox).await.unwrap();
-        assert_eq!(spec.runtime_handler, handler);
+        let ensured = async |class: &str| {
+            let pod = pod(&format!(r#"{{"runtimeClassName":"{class}"}}"#));
+            let spec = world.images.ensure_volume(&pod, "v", &image_volume("Always"), &sandbox).await;
+            spec.map(|spec| spec.runtime_handler)
+        };
+        assert_eq!(ensured("confidential").await.unwrap(), handler);
+        // Without the gate nobody looks for the class.
+        assert_eq!(ensured("missing").await.is_err(), on);
     }
 }

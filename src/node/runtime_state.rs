@@ -137,6 +137,8 @@ pub struct Handshake {
     pub runtime_version: String,
     /// The runtime's own driver; the configured one when it does not say.
     pub cgroup_driver: CgroupDriver,
+    /// What else it says it can; nothing, if it does not answer.
+    pub features: v1::RuntimeFeatures,
 }
 
 /// `Version`, then `RuntimeConfig`: three tries each, 2 s apart; a runtime without `RuntimeConfig` leaves the configured driver
@@ -155,7 +157,14 @@ pub async fn handshake(cri: &dyn RuntimeService, configured: CgroupDriver) -> Re
         tracing::info!(runtime = ?cgroup_driver, config = ?configured, "using the cgroup driver of the runtime");
     }
     let runtime_version = plain_version(&version.runtime_version);
-    Ok(Handshake { runtime_name: version.runtime_name, runtime_version, cgroup_driver })
+    let features = match cri.status(false).await {
+        Ok(status) => status.features.unwrap_or_default(),
+        Err(error) => {
+            tracing::warn!(%error, "the container runtime does not tell its features");
+            v1::RuntimeFeatures::default()
+        }
+    };
+    Ok(Handshake { runtime_name: version.runtime_name, runtime_version, cgroup_driver, features })
 }
 
 /// containerd says `v2.3.7`; the Node says `2.3.7`.
@@ -352,6 +361,7 @@ mod tests {
             runtime_name: "containerd".into(),
             runtime_version: "2.3.7".into(),
             cgroup_driver: CgroupDriver::Systemd,
+            features: v1::RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() },
         };
         assert_eq!(made, expected);
     }

@@ -12,7 +12,12 @@ use super::{
     execute::ActionContext,
     hooks::{self, HookContext},
 };
-use crate::{cri::CriError, events::EventType};
+use crate::{
+    containers::remembered_pod,
+    cri::CriError,
+    events::{EventType, Regarding},
+    pods::Pod,
+};
 
 /// The runtime is always given this long between SIGTERM and SIGKILL.
 const MINIMUM_GRACE: Duration = Duration::from_secs(2);
@@ -117,9 +122,14 @@ async fn stop_container(
     message: &str,
     turn: Option<Turn>,
 ) -> Result<(), CriError> {
-    if container.hook {
-        context.container_event(&container.name, EventType::Normal, "Killing", message.to_owned());
-        pre_stop(context, container, deadline).await;
+    if container.hook
+        && let Some(pod) = pod_of(context, container)
+    {
+        if let Some(container) = pod.container(&container.name) {
+            let regarding = Regarding::container(&pod, container);
+            context.parts.events.event(regarding, EventType::Normal, "Killing", message.to_owned());
+        }
+        pre_stop(context, pod, container, deadline).await;
     }
     if let Some(mut turn) = turn {
         let now = context.parts.clock.now().mono;
@@ -132,15 +142,21 @@ async fn stop_container(
     context.mutate(async move { runtime.stop_container(&id, grace).await }).await
 }
 
+/// The container's pod; for one that no source knows any more what the container itself remembers of it.
+fn pod_of(context: &ActionContext, container: &ContainerToStop) -> Option<Pod> {
+    let remembered = || context.runtime.containers.iter().find(|c| c.id == container.id).and_then(remembered_pod);
+    context.pod.clone().or_else(remembered)
+}
+
 /// Runs the container's preStop hook inside the grace period; a hook that is still running then is left to itself.
-async fn pre_stop(context: &ActionContext, container: &ContainerToStop, deadline: Instant) {
-    let Some(pod) = context.pod.clone() else { return };
+async fn pre_stop(context: &ActionContext, pod: Pod, container: &ContainerToStop, deadline: Instant) {
     let Some(spec) = pod.container(&container.name).map(|c| c.spec.clone()) else { return };
     let Some(handler) = spec.lifecycle.as_ref().and_then(|l| l.pre_stop.clone()) else { return };
     let left = deadline.saturating_duration_since(context.parts.clock.now().mono);
     if left.is_zero() {
         return;
     }
+    let regarding = pod.container(&container.name).map(|c| Regarding::container(&pod, c));
     let hook_context = HookContext {
         pod,
         container: spec,
@@ -154,12 +170,10 @@ async fn pre_stop(context: &ActionContext, container: &ContainerToStop, deadline
     match tokio::time::timeout(left, hook).await {
         Ok(Ok(Err(error))) => {
             tracing::warn!(pod.uid = %context.uid, container = container.name, %error, "PreStop hook failed");
-            context.container_event(
-                &container.name,
-                EventType::Warning,
-                "FailedPreStopHook",
-                "PreStopHook failed".into(),
-            );
+            if let Some(regarding) = regarding {
+                let message = "PreStopHook failed".to_owned();
+                context.parts.events.event(regarding, EventType::Warning, "FailedPreStopHook", message);
+            }
         }
         Ok(_) => {}
         Err(_) => {

@@ -60,6 +60,7 @@ pub(super) fn mount(
         recursive_read_only,
         selinux_relabel: volume.selinux_relabel && selinux,
         propagation: propagation(mount)?.into(),
+        mount_options: mount.bind_mount_options.clone().unwrap_or_default(),
         ..Default::default()
     })
 }
@@ -158,6 +159,13 @@ mod tests {
         assert_eq!(made(json!({"mountPath": "rel"}), false, false).container_path, "/rel");
         assert!(made(json!({}), false, true).selinux_relabel);
         assert!(!made(json!({}), false, false).selinux_relabel);
+    }
+
+    #[test]
+    fn n13_options_of_the_bind_mount_go_to_the_runtime() {
+        let made = |fields| mount(&volume_mount(fields), &volume(false), true, false).unwrap().mount_options;
+        assert_eq!(made(json!({"bindMountOptions": ["noexec", "nodev"]})), ["noexec", "nodev"]);
+        assert!(made(json!({})).is_empty());
     }
 
     #[test]

@@ -40,6 +40,25 @@ async fn p40_running_and_ready_become_true_in_one_status() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn p34_an_out_of_memory_kill_told_after_the_end_corrects_the_reason_of_a_failed_pod() {
+    let rig = Rig::new();
+    let node = rig.start();
+    let spec = json!({"restartPolicy": "Never", "containers": [{"name": "main", "image": "busybox:1"}]});
+    let pod = pod(1, spec);
+    node.store.replace(PodSource::Api, vec![pod.clone()]);
+    until(Duration::from_secs(10), "running", || phase(&node.api.status(pod.uid())) == "Running").await;
+    let id = node.runtime_store.pod(pod.uid()).unwrap().latest("main").unwrap().id.clone();
+    rig.runtime.exit(&id, 137);
+    until(Duration::from_secs(20), "failed", || phase(&node.api.status(pod.uid())) == "Failed").await;
+    node.runtime_store.mark_oom(&id);
+    let reason = || {
+        let status = node.api.status(pod.uid()).container_statuses.unwrap_or_default().remove(0);
+        status.state.and_then(|s| s.terminated).and_then(|t| t.reason).unwrap_or_default()
+    };
+    until(Duration::from_secs(5), "the reason is corrected", || reason() == "OOMKilled").await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn p40_a_run_to_completion_pod_succeeds_or_fails_by_its_exit_code() {
     for (code, expected) in [(0, "Succeeded"), (3, "Failed")] {
         let rig = Rig::new();
@@ -138,6 +157,26 @@ async fn p07_orphans_end_only_after_every_source_was_heard() {
         second.wakes.wake(&uid, rkubelet::wake::Cause::Desired);
     }
     until(Duration::from_secs(30), "the orphan is gone", || rig.runtime.sandboxes("uid-1").is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn p29_a_pod_that_only_the_runtime_knows_is_stopped_by_the_book() {
+    let rig = Rig::new();
+    let first = rig.start();
+    let hook = json!({"preStop": {"exec": {"command": ["say", "goodbye"]}}});
+    let pod = pod(1, json!({"containers": [{"name": "main", "image": "busybox:1", "lifecycle": hook}]}));
+    first.store.replace(PodSource::Api, vec![pod.clone()]);
+    until(Duration::from_secs(10), "ready", || ready(&first.api.status(pod.uid()))).await;
+    first.kill9();
+    let second = rig.start();
+    second.store.replace(PodSource::Api, Vec::new());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for uid in second.runtime_store.uids() {
+        second.wakes.wake(&uid, rkubelet::wake::Cause::Desired);
+    }
+    until(Duration::from_secs(30), "the orphan is gone", || rig.runtime.sandboxes("uid-1").is_empty()).await;
+    assert_eq!((rig.runtime.count("ExecSync"), rig.runtime.count("StopContainer")), (1, 1));
+    assert!(rig.events.has("Killing", "Stopping container main"));
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,7 +5,7 @@
 
 use std::{
     future::Future,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -27,7 +27,7 @@ use crate::{
         self, ContainerAnnotations, SandboxInputs,
         termination_log::{self, Exit},
     },
-    cri::{Container, ContainerState, CriError, PodRuntime, Sandbox, v1},
+    cri::{Container, ContainerState, CriError, PodRuntime, Sandbox, to_its_end, v1},
     events::{EventType, Regarding},
     logs,
     network::{self, DnsWarning},
@@ -70,15 +70,12 @@ impl ActionContext {
         }
     }
 
-    /// Runs a call that changes the runtime to its end, even when nobody waits for it any more.
+    /// A call that changes the runtime.
     pub(super) async fn mutate<T: Send + 'static>(
         &self,
         call: impl Future<Output = Result<T, CriError>> + Send + 'static,
     ) -> Result<T, CriError> {
-        match self.parts.mutations.spawn(call).await {
-            Ok(result) => result,
-            Err(error) => Err(CriError::new("task", tonic::Code::Unknown, error.to_string())),
-        }
+        to_its_end(&self.parts.mutations, call).await
     }
 
     pub(super) fn order(&self) -> Order {
@@ -147,7 +144,33 @@ pub(super) async fn run(context: ActionContext, action: Action) {
     };
     let at = context.parts.clock.now().mono;
     context.parts.metrics.action(action.name(), at - started);
+    count(&context, &action, &outcome);
     context.slot.report(Ended { action, at, seq, read, outcome });
+}
+
+/// What upstream counts of this action; nothing of one that was given up.
+fn count(context: &ActionContext, action: &Action, outcome: &Outcome) {
+    let lives = &context.parts.metrics.lives;
+    let Some(pod) = &context.pod else {
+        if matches!((action, outcome), (Action::StopPod { .. }, Outcome::Done)) {
+            lives.found_in_runtime_only();
+        }
+        return;
+    };
+    match (action, outcome) {
+        (_, Outcome::Abandoned) => {}
+        (Action::CreateSandbox { .. }, outcome) => lives.pod_started(pod, matches!(outcome, Outcome::Done)),
+        (Action::StartContainer { name, .. }, outcome) => {
+            let failed = match outcome {
+                Outcome::StartFailed { waiting, .. } => Some(waiting.reason.as_str()),
+                _ => None,
+            };
+            if let Some(container) = pod.container(name) {
+                lives.container_started(container.kind, failed);
+            }
+        }
+        _ => {}
+    }
 }
 
 async fn perform(context: &ActionContext, action: &Action) -> Outcome {
@@ -174,7 +197,10 @@ async fn perform(context: &ActionContext, action: &Action) -> Outcome {
 async fn create_cgroup(context: &ActionContext) -> Outcome {
     let Some(pod) = &context.pod else { return Outcome::Abandoned };
     let cgroups = &context.parts.cgroups;
-    match cgroups.create(pod).await {
+    let started = context.parts.clock.now().mono;
+    let created = cgroups.create(pod).await;
+    context.parts.metrics.lives.cgroup("create", context.parts.clock.now().mono - started);
+    match created {
         Ok(()) => {
             let ledger = &context.parts.ledger;
             // One that was there before this process may have been left in the middle of a resize.
@@ -307,8 +333,13 @@ async fn create_sandbox(context: &ActionContext, attempt: u32) -> Outcome {
     }
     let runtime = Arc::clone(&context.parts.runtime);
     let started = context.parts.clock.now().mono;
-    let made = context.gated(async move { runtime.run_pod_sandbox(config, &handler).await }).await;
-    context.parts.metrics.start_phase("sandbox", context.parts.clock.now().mono - started);
+    let asked = handler.clone();
+    let made = context.gated(async move { runtime.run_pod_sandbox(config, &asked).await }).await;
+    let took = context.parts.clock.now().mono - started;
+    context.parts.metrics.start_phase("sandbox", took);
+    if let Some(made) = &made {
+        context.parts.metrics.lives.sandbox_run(&handler, took, made.is_ok());
+    }
     match made {
         None => Outcome::Abandoned,
         Some(Ok(_)) => Outcome::Done,
@@ -374,15 +405,11 @@ async fn remove_sandbox(context: &ActionContext, id: &str) -> Result<(), CriErro
 
 /// A removed container's log, its rotated files, and its link.
 async fn remove_logs(context: &ActionContext, container: &Container) {
-    let log = PathBuf::from(&container.log_path);
     let link = context.pod.as_ref().map(|pod| {
         let name = containers::container_log_link(pod, &container.name, &container.id);
         context.parts.settings.container_logs_dir.join(name)
     });
-    let done = tokio::task::spawn_blocking(move || logs::remove_logs(&log, link.as_deref())).await;
-    if let Ok(Err(error)) = done {
-        tracing::warn!(pod.uid = %context.uid, container = container.id, %error, "Removing container logs failed");
-    }
+    logs::remove_logs_of(&container.id, container.log_path.as_str().into(), link).await;
 }
 
 async fn tear_down(context: &ActionContext) -> Outcome {
@@ -392,7 +419,10 @@ async fn tear_down(context: &ActionContext) -> Outcome {
         tracing::warn!(pod.uid = %context.uid, %error, "Unmounting volumes failed");
         return Outcome::Failed;
     }
-    if let Err(error) = context.parts.cgroups.remove(&context.uid).await {
+    let started = context.parts.clock.now().mono;
+    let removed = context.parts.cgroups.remove(&context.uid).await;
+    context.parts.metrics.lives.cgroup("destroy", context.parts.clock.now().mono - started);
+    if let Err(error) = removed {
         tracing::warn!(pod.uid = %context.uid, %error, "Removing the pod's cgroup failed");
         return Outcome::Failed;
     }

@@ -6,6 +6,7 @@
 
 pub mod actions;
 pub mod backoff;
+mod counts;
 pub mod decide;
 pub mod execute;
 mod gate_width;
@@ -23,6 +24,7 @@ mod stop;
 pub mod view;
 mod worker;
 
+pub use counts::PodCounts;
 pub use registry::{PodWorkers, WorkerParts, WorkerSettings, WorkerWakes};
 pub use start_gate::StartGate;
 

@@ -97,7 +97,7 @@ impl Worker {
                 () = self.parts.cancel.cancelled() => return,
                 causes = self.causes(wake_at, first) => causes,
             };
-            first = false;
+            let operation = if std::mem::take(&mut first) { "create" } else { "sync" };
             for cause in &causes {
                 self.parts.metrics.wake(*cause);
             }
@@ -111,10 +111,11 @@ impl Worker {
                 self.forget_object_failures();
             }
             // A step from one phase to the next is decided again at once: nothing else may wake this pod for it.
-            let mut settled = false;
+            let (began, mut settled) = (self.parts.clock.now().mono, false);
             while !settled {
                 (wake_at, settled) = self.turn().await;
             }
+            self.parts.metrics.turn(operation, self.parts.clock.now().mono - began);
             if self.history.phase == Phase::Gone && self.workers.retire(&self.uid, &self.slot) {
                 self.parts.probes.forget(&self.uid);
                 self.parts.admission.forget(&self.uid);
@@ -331,6 +332,8 @@ impl Worker {
         let first = self.history.pod.is_none();
         let changed = first || self.history.pod.as_ref().is_some_and(|p| !p.same_object(&pod));
         if first {
+            let waited = now.wall.duration_since(pod.seen());
+            self.parts.metrics.worker_started(waited.try_into().unwrap_or_default());
             self.history.last_status = pod.api_status().clone();
             let at_api = pod.api_status().start_time.as_ref().map(|t| t.0);
             self.history.started = at_api.or(Some(now.wall));
@@ -476,6 +479,7 @@ impl Worker {
             gates: self.parts.settings.rules.gates,
         });
         self.report_ready(now, &status);
+        self.parts.metrics.lives.status_changed(&self.history.last_status, &status);
         self.history.last_status = status.clone();
         let version = self.parts.publisher.offer(pod, status);
         if turn.phase >= Phase::Terminated {

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    DEFAULT_BUCKETS, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts,
-    Registry, TextEncoder, exponential_buckets,
+    DEFAULT_BUCKETS, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder, exponential_buckets,
 };
 
+use super::pod_lives::PodLives;
 use super::process::ProcessCollector;
 use crate::cli::version_info;
 use crate::config::{FeatureGates, Stage};
@@ -61,6 +62,15 @@ impl Metrics {
         Ok(())
     }
 
+    /// The node's name and the version of its cgroup hierarchy, 1 or 2.
+    pub fn register_node(&self, name: &str, cgroup_v2: bool) -> Result<(), Error> {
+        let opts = Opts::new("kubelet_node_name", "[ALPHA] The node's name. The count is always 1.");
+        register(&self.registry, IntGaugeVec::new(opts, &["node"]))?.with_label_values(&[name]).set(1);
+        let help = "[ALPHA] cgroup version on the hosts.";
+        register(&self.registry, IntGauge::new("kubelet_cgroup_version", help))?.set(if cgroup_v2 { 2 } else { 1 });
+        Ok(())
+    }
+
     /// Everything in the Prometheus text format.
     pub fn render(&self) -> String {
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_else(|error| {
@@ -70,7 +80,10 @@ impl Metrics {
     }
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, made: Result<C, Error>) -> Result<C, Error> {
+pub(super) fn register<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    made: Result<C, Error>,
+) -> Result<C, Error> {
     let collector = made?;
     registry.register(Box::new(collector.clone()))?;
     Ok(collector)
@@ -112,6 +125,7 @@ pub struct WorkerMetrics {
     pod_start_total: Histogram,
     http_fallbacks: IntCounter,
     sleeps_cut_short: IntCounter,
+    pub lives: PodLives,
 }
 
 impl WorkerMetrics {
@@ -125,6 +139,7 @@ impl WorkerMetrics {
             register(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets), &[label]))
         };
         Ok(Self {
+            lives: PodLives::new(registry)?,
             wakes: register(
                 registry,
                 IntCounterVec::new(Opts::new("rkubelet_pod_wakes_total", "Pod workers woken, by cause."), &["cause"]),
@@ -262,6 +277,17 @@ mod tests {
             "kubelet_pod_start_total_duration_seconds_bucket{le=\"6\"} 0",
         ] {
             assert!(text.lines().any(|have| have == line), "no line {line}");
+        }
+    }
+
+    #[test]
+    fn the_node_is_a_metric() {
+        for (v2, version) in [(false, 1), (true, 2)] {
+            let metrics = Metrics::new().unwrap();
+            metrics.register_node("node-1", v2).unwrap();
+            let text = metrics.render();
+            assert!(text.contains(&format!("\nkubelet_cgroup_version {version}\n")));
+            assert!(text.contains("\nkubelet_node_name{node=\"node-1\"} 1\n"));
         }
     }
 

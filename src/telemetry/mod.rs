@@ -5,7 +5,9 @@
 
 mod logging;
 mod metrics;
+mod pod_lives;
 mod process;
 
 pub use logging::{Verbosity, init_logging, report_failed_start};
 pub use metrics::{Metrics, WorkerMetrics};
+pub use pod_lives::PodLives;

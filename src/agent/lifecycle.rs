@@ -7,20 +7,25 @@ use tokio::{signal::unix, sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    api::EventRecorder,
-    config::CgroupDriver,
-    cri::{RuntimeService, RuntimeStore},
-    events::EventSink,
+    api::{ApiClients, EventRecorder},
+    config::{CgroupDriver, Config},
+    cri::{PlegError, RuntimeService, RuntimeStore},
+    events::{EventSink, EventType, Regarding},
     images::{CollectorParts, RuntimeImageUsers, machine_stat_fs},
-    node::{self, Handshake},
+    network,
+    node::{self, Handshake, NodeAgent, NodeHandles, NodeParts},
     pod_status::ApiPublisher,
     pod_worker::PodWorkers,
     pods::{PodStore, PodUid},
     probes::NodeProbes,
-    server::{ServerError, ServerParts},
+    resources::KubepodsCgroups,
+    server::{ServerError, ServerParts, SyncLoopHealth},
     telemetry::Metrics,
     time::Clock,
+    wake::WakeSink,
 };
+
+use super::{AgentError, runtime_side::RuntimeSide, settings};
 
 const HANDSHAKE_RETRY: Duration = Duration::from_secs(2);
 /// What is under way at the runtime may end; who waits for it has already stopped.
@@ -90,22 +95,68 @@ pub(super) fn notify_ready() {
     }
 }
 
-/// Pings systemd's watchdog from the main runtime, twice per period: a runtime that hangs stops pinging.
-pub(super) async fn feed_watchdog(cancel: CancellationToken) {
-    let Some(period) = sd_notify::watchdog_enabled() else { return };
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            () = tokio::time::sleep(period / 2) => {}
-        }
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+/// What the host needs of a node agent besides pods: its iptables chains, a look at its resolver file, word of its out-of-memory kills.
+pub(super) fn watch_host(
+    background: &TaskTracker,
+    config: &Config,
+    events: &Arc<dyn EventSink>,
+    cancel: &CancellationToken,
+) {
+    if let Some(warning) = settings::dns(config).host_warning() {
+        events.event(Regarding::Node, EventType::Warning, "CheckLimitsForResolvConf", warning);
     }
+    if config.kubelet.make_iptables_util_chains {
+        background.spawn(network::keep_chains(Arc::new(network::HostIptables), cancel.clone()));
+    }
+    node::watch_oom_kills("/dev/kmsg".into(), Arc::clone(events));
+}
+
+/// To systemd's watchdog.
+pub(super) fn sign_of_life() -> io::Result<()> {
+    sd_notify::notify(&[sd_notify::NotifyState::Watchdog])
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn start_node(
+    config: &Config,
+    handshake: &Handshake,
+    clients: &ApiClients,
+    side: &RuntimeSide,
+    cgroups: &KubepodsCgroups,
+    events: &Arc<dyn EventSink>,
+    wakes: &Arc<dyn WakeSink>,
+    clock: &Arc<dyn Clock>,
+    cancel: &CancellationToken,
+) -> Result<NodeHandles, AgentError> {
+    NodeAgent::start(NodeParts {
+        settings: settings::node(config, handshake),
+        clients: Some(clients.clone()),
+        runtime: Arc::clone(&side.runtime),
+        images: Arc::clone(&side.images),
+        cgroups: cgroups.clone(),
+        events: Arc::clone(events),
+        wakes: Arc::clone(wakes),
+        health: pleg_health(&side.store, clock),
+        clock: Arc::clone(clock),
+        cancel: cancel.clone(),
+    })
+    .map_err(AgentError::Lease)
 }
 
 /// Why the node is not ready on the runtime store's account (contract N-17).
 pub(super) fn pleg_health(store: &Arc<RuntimeStore>, clock: &Arc<dyn Clock>) -> node::HealthCheck {
     let (store, clock) = (Arc::clone(store), Arc::clone(clock));
     Arc::new(move || store.pleg_health(clock.now().mono).err().map(|e| e.to_string()).into_iter().collect())
+}
+
+/// The check `syncloop` of `/healthz` and of the watchdog (contract D-05): upstream's loop stands still while the runtime is silent.
+/// Before the runtime was heard for the first time nothing is late.
+pub(super) fn sync_loop_health(store: &Arc<RuntimeStore>, clock: &Arc<dyn Clock>) -> SyncLoopHealth {
+    let (store, clock) = (Arc::clone(store), Arc::clone(clock));
+    Arc::new(move || match store.pleg_health(clock.now().mono) {
+        Ok(()) | Err(PlegError::NeverSeen) => Ok(()),
+        Err(PlegError::Silent { .. }) => Err("sync Loop took longer than expected".to_owned()),
+    })
 }
 
 pub(super) fn has_worker(workers: &Arc<PodWorkers>) -> Arc<dyn Fn(&PodUid) -> bool + Send + Sync> {
@@ -139,14 +190,13 @@ pub(super) fn server_parts(
     clock: &Arc<dyn Clock>,
 ) -> ServerParts {
     let (all, of_probes) = (Arc::clone(metrics), Arc::clone(probes));
-    let (health, now) = (Arc::clone(runtime_store), Arc::clone(clock));
     ServerParts {
         pods: Arc::clone(store),
         status: Arc::new(move |uid| publisher.newest(uid)),
         runtime: Arc::clone(runtime),
         metrics: Arc::new(move || all.render()),
         probe_metrics: Arc::new(move || of_probes.metrics_text()),
-        sync_loop: Arc::new(move || health.pleg_health(now.now().mono).map_err(|e| e.to_string())),
+        sync_loop: sync_loop_health(runtime_store, clock),
         configz,
         clock: Arc::clone(clock),
     }
@@ -183,5 +233,26 @@ pub(super) async fn drain(
             background = background.len(),
             "Stopped with work unfinished"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cri::fixtures::runtime, wake::NoWakes};
+
+    #[tokio::test(start_paused = true)]
+    async fn d05_the_loop_is_late_only_once_the_runtime_was_heard_and_fell_silent() {
+        let fake = runtime();
+        let clock = fake.shared_clock();
+        let store = Arc::new(RuntimeStore::with_clock(Arc::new(fake), Arc::new(NoWakes), Arc::clone(&clock)));
+        let health = sync_loop_health(&store, &clock);
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        assert_eq!(health(), Ok(()));
+        store.relist().await.unwrap();
+        tokio::time::advance(Duration::from_secs(170)).await;
+        assert_eq!(health(), Ok(()));
+        tokio::time::advance(Duration::from_secs(20)).await;
+        assert_eq!(health(), Err("sync Loop took longer than expected".to_owned()));
     }
 }

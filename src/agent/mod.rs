@@ -3,83 +3,53 @@
 //! No logic lives here. What a room is told comes from [`settings`]; the order of start is: host checks → clients → runtime handshake → node → workers
 //! → sources → doors → READY. Stopping touches no container.
 
+mod error;
 mod lifecycle;
+mod runtime_side;
 mod settings;
+mod watchdog;
 
-use std::{io, sync::Arc};
+use std::sync::Arc;
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use error::AgentError;
+use runtime_side::RuntimeSide;
+
 use crate::{
-    admission::{AdmissionMetrics, AdmissionParts, NodeAdmission, SysctlError},
-    api::{ApiClients, ApiSetupError, EventRecorder, ObjectCache, ReferencedObjects},
+    admission::{AdmissionMetrics, AdmissionParts, NodeAdmission},
+    api::{ApiClients, EventRecorder, ObjectCache, ReferencedObjects},
     cli,
     config::{self, Config},
-    cri::{CriClient, CriMetrics, FollowSettings, ImageService, RuntimeService, RuntimeStore},
     events::EventSink,
     garbage_collection::{Collector, CollectorParts},
-    images::{ImageParts, ImagesSetupError, NodeImages},
-    node::{self, NodeAgent, NodeHandles, NodeParts, tunables},
+    images::{ImageParts, NodeImages},
+    node::{self, NodeHandles, tunables},
     pod_status::ApiPublisher,
-    pod_worker::{PodWorkers, WorkerParts, WorkerWakes},
+    pod_worker::{PodCounts, PodWorkers, WorkerParts, WorkerWakes},
     pods::{PodSource, PodStore, sources},
     probes::NodeProbes,
-    resources::{KubepodsCgroups, LedgerParts, PodLedger},
+    resources::{KubepodsCgroups, LedgerParts, PodLedger, ResizeMetrics},
     rush::Rush,
     server,
     telemetry::{Metrics, Verbosity, WorkerMetrics},
     time::{Clock, SystemClock},
-    user_namespaces::UserNamespaceError,
     volumes::{self, LinuxMounter, NodeVolumes, PodVolumes},
     wake::WakeSink,
 };
 
-/// Why the agent cannot start or had to end.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    #[error("failed to build the async runtime: {0}")]
-    Runtime(#[source] io::Error),
-    #[error("no --kubeconfig was given: running without an apiserver is not supported yet")]
-    Standalone,
-    #[error("failed to construct kubelet dependencies: {0}")]
-    Api(#[from] ApiSetupError),
-    #[error(transparent)]
-    Host(#[from] node::host::SwapError),
-    #[error(transparent)]
-    Tunables(#[from] tunables::TunablesError),
-    #[error("failed to prepare the root directory: {0}")]
-    RootDir(#[from] volumes::RootDirError),
-    #[error("failed to create {path}: {source}")]
-    Directory { path: String, source: io::Error },
-    #[error("invalid runtime endpoint: {0}")]
-    Endpoint(#[from] crate::cri::EndpointError),
-    #[error("failed to read the machine: {0}")]
-    Machine(#[from] node::MachineError),
-    #[error(transparent)]
-    Images(#[from] ImagesSetupError),
-    #[error("failed to set up cgroups: {0}")]
-    Cgroups(#[from] crate::resources::CgroupError),
-    #[error("allowedUnsafeSysctls: {0}")]
-    Sysctls(#[from] SysctlError),
-    #[error("create user namespace manager: {0}")]
-    UserNamespaces(#[from] UserNamespaceError),
-    #[error("failed to register metrics: {0}")]
-    Metrics(#[from] prometheus::Error),
-    #[error("failed to start the lease thread: {0}")]
-    Lease(#[source] io::Error),
-    #[error("failed to run Kubelet server: {0}")]
-    Server(#[from] server::ServerError),
-    #[error("failed to listen for signals: {0}")]
-    Signals(#[source] io::Error),
-}
-
 /// Runs the agent until SIGTERM or SIGINT, or until something it cannot do without fails.
 pub async fn run(config: Config, _verbosity: Verbosity) -> Result<(), AgentError> {
     let cancel = CancellationToken::new();
+    let watchdog = watchdog::period_of_environment()?;
     let stop = lifecycle::stop_on_signal(cancel.clone()).map_err(AgentError::Signals)?;
     announce(&config);
+    let checks = watchdog::Checks::default();
+    if let Some(period) = watchdog {
+        tokio::spawn(watchdog::feed(period, Arc::clone(&checks), lifecycle::sign_of_life, cancel.clone()));
+    }
     prepare_host(&config)?;
-    let outcome = Agent::start(config, cancel.clone()).await;
+    let outcome = Agent::start(config, &checks, cancel.clone()).await;
     match outcome {
         Ok(Some(agent)) => agent.live(cancel).await?,
         // Stopped before the runtime answered.
@@ -126,17 +96,13 @@ struct Agent {
     server: Option<tokio::task::JoinHandle<Result<(), server::ServerError>>>,
 }
 
-/// The runtime's side: one client behind both ports, and the truth of what runs.
-struct RuntimeSide {
-    runtime: Arc<dyn RuntimeService>,
-    images: Arc<dyn ImageService>,
-    store: Arc<RuntimeStore>,
-    metrics: Arc<CriMetrics>,
-}
-
 impl Agent {
     /// `None` when cancelled before the runtime answered.
-    async fn start(config: Config, cancel: CancellationToken) -> Result<Option<Self>, AgentError> {
+    async fn start(
+        config: Config,
+        checks: &watchdog::Checks,
+        cancel: CancellationToken,
+    ) -> Result<Option<Self>, AgentError> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let metrics = Arc::new(Metrics::new()?);
         metrics.register_feature_gates(&config.feature_gates)?;
@@ -149,15 +115,18 @@ impl Agent {
         let recorder: Arc<dyn EventSink> = api_recorder.clone();
         let workers = PodWorkers::new();
         let wakes: Arc<dyn WakeSink> = Arc::new(WorkerWakes(Arc::clone(&workers)));
-        let side = runtime_side(&config, &metrics, &wakes, &clock)?;
+        let side = RuntimeSide::connect(&config, &metrics, &wakes, &clock)?;
         let Some(handshake) = lifecycle::shake_hands(side.runtime.as_ref(), config.cgroup_driver(), &cancel).await
         else {
             return Ok(None);
         };
         let background = TaskTracker::new();
         let cgroups = KubepodsCgroups::new(settings::cgroups(&config, handshake.cgroup_driver)?)?;
-        let node = start_node(&config, &clients, &side, &cgroups, &recorder, &wakes, &clock, &cancel)?;
+        metrics.register_node(&config.node_name, cgroups.is_v2())?;
+        let node =
+            lifecycle::start_node(&config, &handshake, &clients, &side, &cgroups, &recorder, &wakes, &clock, &cancel)?;
         background.spawn(lifecycle::name_node(api_recorder, node.node.clone(), cancel.clone()));
+        lifecycle::watch_host(&background, &config, &recorder, &cancel);
         let objects: Arc<dyn ReferencedObjects> = Arc::new(ObjectCache::start(&clients, &wakes, cancel.clone()));
         let volumes: Arc<dyn PodVolumes> = Arc::new(NodeVolumes::new(
             settings::volumes(&config, node.facts.clone()),
@@ -175,10 +144,11 @@ impl Agent {
             wakes: Arc::clone(&wakes),
             events: Arc::clone(&recorder),
             clock: Arc::clone(&clock),
+            metrics: ResizeMetrics::new(metrics.registry())?,
         });
         background.spawn(ledger.clone().run(cancel.clone()));
         let admission = Arc::new(NodeAdmission::new(AdmissionParts {
-            policy: settings::admission(&config)?,
+            policy: settings::admission(&config, &handshake)?,
             store: Arc::clone(&store),
             runtime: Arc::clone(&side.store),
             allocations: ledger.clone(),
@@ -234,8 +204,9 @@ impl Agent {
             mutations: mutations.clone(),
             cancel: cancel.clone(),
         });
+        PodCounts::register(Arc::clone(&store), Arc::clone(&side.store), metrics.registry())?;
         workers.start(parts);
-        follow_runtime(&background, &config, &side, &cancel);
+        side.follow(&background, &config, &cancel);
         background.spawn(sources::apiserver::follow(
             clients.clone(),
             config.node_name.clone(),
@@ -274,6 +245,7 @@ impl Agent {
             &probes,
             &clock,
         );
+        let _ = checks.set(Arc::clone(&parts.sync_loop));
         let server = config.kubelet.enable_server.then(|| tokio::spawn(server::serve(doors, parts, cancel.clone())));
         Ok(Some(Self { workers, publisher, node, mutations, background, server }))
     }
@@ -281,7 +253,6 @@ impl Agent {
     /// READY, then until the end; then everything is drained, each with its bound.
     async fn live(mut self, cancel: CancellationToken) -> Result<(), AgentError> {
         lifecycle::notify_ready();
-        self.background.spawn(lifecycle::feed_watchdog(cancel.clone()));
         let outcome = tokio::select! {
             () = cancel.cancelled() => Ok(()),
             ended = lifecycle::ended(&mut self.server) => ended.map_err(AgentError::from),
@@ -290,64 +261,4 @@ impl Agent {
         lifecycle::drain(&self.workers, &self.mutations, &self.publisher, &self.node.tasks, &self.background).await;
         outcome
     }
-}
-
-fn runtime_side(
-    config: &Config,
-    metrics: &Metrics,
-    wakes: &Arc<dyn WakeSink>,
-    clock: &Arc<dyn Clock>,
-) -> Result<RuntimeSide, AgentError> {
-    let cri_metrics = Arc::new(CriMetrics::new(metrics.registry())?);
-    let client = Arc::new(CriClient::connect(
-        &config.kubelet.container_runtime_endpoint,
-        Some(config.image_service_endpoint()),
-        settings::duration(config.kubelet.runtime_request_timeout),
-        Arc::clone(&cri_metrics),
-    )?);
-    let runtime: Arc<dyn RuntimeService> = client.clone();
-    let store = RuntimeStore::with_clock(Arc::clone(&runtime), Arc::clone(wakes), Arc::clone(clock));
-    Ok(RuntimeSide { runtime, images: client, store: Arc::new(store), metrics: cri_metrics })
-}
-
-fn follow_runtime(background: &TaskTracker, config: &Config, side: &RuntimeSide, cancel: &CancellationToken) {
-    background.spawn(crate::cri::follow(
-        Arc::clone(&side.runtime),
-        Arc::clone(&side.store),
-        FollowSettings::default(),
-        Arc::clone(&side.metrics),
-        cancel.clone(),
-    ));
-    background.spawn(crate::cri::follow_oom(
-        config.kubelet.container_runtime_endpoint.clone(),
-        Arc::clone(&side.runtime),
-        Arc::clone(&side.store),
-        cancel.clone(),
-    ));
-}
-
-#[allow(clippy::too_many_arguments)]
-fn start_node(
-    config: &Config,
-    clients: &ApiClients,
-    side: &RuntimeSide,
-    cgroups: &KubepodsCgroups,
-    events: &Arc<dyn EventSink>,
-    wakes: &Arc<dyn WakeSink>,
-    clock: &Arc<dyn Clock>,
-    cancel: &CancellationToken,
-) -> Result<NodeHandles, AgentError> {
-    NodeAgent::start(NodeParts {
-        settings: settings::node(config),
-        clients: Some(clients.clone()),
-        runtime: Arc::clone(&side.runtime),
-        images: Arc::clone(&side.images),
-        cgroups: cgroups.clone(),
-        events: Arc::clone(events),
-        wakes: Arc::clone(wakes),
-        health: lifecycle::pleg_health(&side.store, clock),
-        clock: Arc::clone(clock),
-        cancel: cancel.clone(),
-    })
-    .map_err(AgentError::Lease)
 }

@@ -181,6 +181,7 @@ fn lifecycle_gates(config: &Config) -> LifecycleGates {
         restart_rules: gates.enabled("ContainerRestartRules"),
         restart_all: gates.enabled("RestartAllContainersOnContainerExits"),
         stop_signals: gates.enabled("ContainerStopSignals"),
+        image_digests: gates.enabled("ImageVolumeWithDigest"),
     }
 }
 
@@ -188,7 +189,7 @@ pub(super) fn probes(config: &Config) -> ProbeSettings {
     ProbeSettings { seed: rand::random(), eager_first_readiness: config.flags.eager_first_readiness }
 }
 
-fn dns(config: &Config) -> DnsSettings {
+pub(super) fn dns(config: &Config) -> DnsSettings {
     let kubelet = &config.kubelet;
     DnsSettings {
         cluster_dns: kubelet.cluster_dns.iter().filter_map(|ip| ip.parse().ok()).collect(),
@@ -197,12 +198,13 @@ fn dns(config: &Config) -> DnsSettings {
     }
 }
 
-pub(super) fn node(config: &Config) -> NodeSettings {
-    let declared = admission::declared_features(&config.feature_gates).into_iter().map(str::to_owned).collect();
+pub(super) fn node(config: &Config, runtime: &Handshake) -> NodeSettings {
+    let declared = admission::declared_features(&config.feature_gates, &runtime.features);
+    let declared = declared.into_iter().map(str::to_owned).collect();
     NodeSettings::from_config(config, &HostFacts::read(), HostPaths::default(), declared)
 }
 
-pub(super) fn admission(config: &Config) -> Result<Policy, SysctlError> {
+pub(super) fn admission(config: &Config, runtime: &Handshake) -> Result<Policy, SysctlError> {
     let host = HostPaths::default();
     let kernel = std::fs::read_to_string(host.proc.join("sys/kernel/osrelease")).unwrap_or_default();
     let gates = &config.feature_gates;
@@ -211,7 +213,7 @@ pub(super) fn admission(config: &Config) -> Result<Policy, SysctlError> {
         app_armor: admission::app_armor_enabled(&host.sys),
         pod_level_resources: gates.enabled("PodLevelResources"),
         taint_comparison: gates.enabled("TaintTolerationComparisonOperators"),
-        declared_features: admission::declared_features(gates),
+        declared_features: admission::declared_features(gates, &runtime.features),
     })
 }
 

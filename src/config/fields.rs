@@ -130,7 +130,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("podsPerCore", Null, NoEffect),
     field("enableControllerAttachDetach", Null, Works),
     field("protectKernelDefaults", Null, NoEffect),
-    field("makeIPTablesUtilChains", Null, NoEffect),
+    field("makeIPTablesUtilChains", Null, Works),
     field("iptablesMasqueradeBit", Null, Works),
     field("iptablesDropBit", Null, Works),
     field("featureGates", Null, Works),

@@ -127,6 +127,16 @@ impl ResolvConf {
 }
 
 impl DnsSettings {
+    /// What is wrong with the node's own resolver file, or with how it breaks the limits of pods' resolvers: the message of the node event
+    /// `CheckLimitsForResolvConf`.
+    pub fn host_warning(&self) -> Option<String> {
+        let path = self.resolv_conf.as_deref()?;
+        match ResolvConf::read(Some(path)) {
+            Ok(conf) => conf.over_limit(path, &self.cluster_domain),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
     /// The resolver for a pod. Reads the node's `resolv.conf`, as it may change any time.
     pub fn pod_dns(&self, pod: &Pod, node_ips: &[IpAddr]) -> Result<PodDns, NetworkError> {
         let host =

@@ -80,64 +80,64 @@ impl Attempt for OnContainer {
     }
 }
 
-/// Runs a probe with its immediate retries and raises its event. `None` when nothing is known: the result is thrown away.
-pub(super) async fn run(
-    prober: &dyn Attempt,
-    events: &dyn EventSink,
-    pod: &Pod,
-    container: ContainerRef<'_>,
-    target: &ProbeTarget,
-    kind: ProbeKind,
-    probe: &corev1::Probe,
-) -> Option<bool> {
-    let mut result = prober.attempt(container.spec, target, probe).await;
-    for _ in 1..ATTEMPTS {
-        if result.is_ok() {
-            break;
-        }
-        result = prober.attempt(container.spec, target, probe).await;
-    }
-    let warn = |reason: &str, message: String| {
-        events.event(Regarding::container(pod, container), EventType::Warning, reason, message);
-    };
-    let word = kind.as_str();
-    match result {
-        Ok(Outcome::Success) => Some(true),
-        Ok(Outcome::Warning(text)) => {
-            warn("ProbeWarning", format!("{word} probe warning: {text}"));
-            Some(true)
-        }
-        Ok(Outcome::Failure(text)) => {
-            tracing::debug!(pod = %pod.described(), container = container.name(), probe = word, output = %text, "probe failed");
-            warn("Unhealthy", format!("{word} probe failed: {text}"));
-            Some(false)
-        }
-        Err(e) => {
-            tracing::debug!(pod = %pod.described(), container = container.name(), probe = word, error = %e, "probe errored");
-            warn("Unhealthy", format!("{word} probe errored and resulted in {} state: {e}", e.state));
-            None
-        }
-    }
+/// One probe of one container, with what it takes to run it.
+pub(super) struct Probing<'a> {
+    pub prober: &'a dyn Attempt,
+    pub events: &'a dyn EventSink,
+    pub pod: &'a Pod,
+    pub container: ContainerRef<'a>,
+    pub target: &'a ProbeTarget,
+    pub kind: ProbeKind,
+    pub probe: &'a corev1::Probe,
 }
 
-/// One try without retries that leaves no trace unless it passes.
-pub(super) async fn run_quietly(
-    prober: &dyn Attempt,
-    events: &dyn EventSink,
-    pod: &Pod,
-    container: ContainerRef<'_>,
-    target: &ProbeTarget,
-    kind: ProbeKind,
-    probe: &corev1::Probe,
-) -> bool {
-    match prober.attempt(container.spec, target, probe).await {
-        Ok(Outcome::Success) => true,
-        Ok(Outcome::Warning(text)) => {
-            let message = format!("{} probe warning: {text}", kind.as_str());
-            events.event(Regarding::container(pod, container), EventType::Warning, "ProbeWarning", message);
-            true
+impl Probing<'_> {
+    /// A run with its immediate retries and its event. `None` when nothing is known: the result is thrown away.
+    pub async fn run(&self) -> Option<bool> {
+        let mut result = self.attempt().await;
+        for _ in 1..ATTEMPTS {
+            if result.is_ok() {
+                break;
+            }
+            result = self.attempt().await;
         }
-        Ok(Outcome::Failure(_)) | Err(_) => false,
+        let (pod, container, word) = (self.pod, self.container.name(), self.kind.as_str());
+        match result {
+            Ok(Outcome::Success) => Some(true),
+            Ok(Outcome::Warning(text)) => Some(self.pass_with_a_word(&text)),
+            Ok(Outcome::Failure(text)) => {
+                tracing::debug!(pod = %pod.described(), container, probe = word, output = %text, "probe failed");
+                self.warn("Unhealthy", format!("{word} probe failed: {text}"));
+                Some(false)
+            }
+            Err(e) => {
+                tracing::debug!(pod = %pod.described(), container, probe = word, error = %e, "probe errored");
+                self.warn("Unhealthy", format!("{word} probe errored and resulted in {} state: {e}", e.state));
+                None
+            }
+        }
+    }
+
+    /// One try without retries that leaves no trace unless it passes.
+    pub async fn try_quietly(&self) -> bool {
+        match self.attempt().await {
+            Ok(Outcome::Success) => true,
+            Ok(Outcome::Warning(text)) => self.pass_with_a_word(&text),
+            Ok(Outcome::Failure(_)) | Err(_) => false,
+        }
+    }
+
+    async fn attempt(&self) -> Result<Outcome, ProbeError> {
+        self.prober.attempt(self.container.spec, self.target, self.probe).await
+    }
+
+    fn pass_with_a_word(&self, text: &str) -> bool {
+        self.warn("ProbeWarning", format!("{} probe warning: {text}", self.kind.as_str()));
+        true
+    }
+
+    fn warn(&self, reason: &str, message: String) {
+        self.events.event(Regarding::container(self.pod, self.container), EventType::Warning, reason, message);
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     ContainerVerdicts, PodProbes, ProbeKind, ProbeSettings, ProbeTarget, Readiness, Startup,
     decide::{self, Tally},
     metrics::ProbeMetrics,
-    prober::{self, Attempt, OnContainer},
+    prober::{Attempt, OnContainer, Probing},
     schedule::{self, Eager},
 };
 use crate::{
@@ -280,14 +280,16 @@ impl ProbeTask {
 
     /// A try that only counts when it passes.
     async fn try_once(&self, pod: &Pod, container: ContainerRef<'_>, target: &ProbeTarget) -> Option<bool> {
-        let (prober, events) = (&*self.shared.prober, &*self.shared.events);
-        let passed = prober::run_quietly(prober, events, pod, container, target, self.kind, &self.probe).await;
-        passed.then_some(true)
+        self.probing(pod, container, target).try_quietly().await.then_some(true)
     }
 
     async fn probe_once(&self, pod: &Pod, container: ContainerRef<'_>, target: &ProbeTarget) -> Option<bool> {
+        self.probing(pod, container, target).run().await
+    }
+
+    fn probing<'a>(&'a self, pod: &'a Pod, container: ContainerRef<'a>, target: &'a ProbeTarget) -> Probing<'a> {
         let (prober, events) = (&*self.shared.prober, &*self.shared.events);
-        prober::run(prober, events, pod, container, target, self.kind, &self.probe).await
+        Probing { prober, events, pod, container, target, kind: self.kind, probe: &self.probe }
     }
 
     /// The newest pod and target, while they are about the same container ID.

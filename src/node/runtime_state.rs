@@ -356,12 +356,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn s12_the_driver_of_the_runtime_wins() {
-        let made = handshake(&fake(), CgroupDriver::Cgroupfs).await.unwrap();
+        let (runtime, features) = (fake(), v1::RuntimeFeatures { mount_options: true, ..Default::default() });
+        runtime.set_features(features);
+        let made = handshake(&runtime, CgroupDriver::Cgroupfs).await.unwrap();
         let expected = Handshake {
             runtime_name: "containerd".into(),
             runtime_version: "2.3.7".into(),
             cgroup_driver: CgroupDriver::Systemd,
-            features: v1::RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() },
+            features,
         };
         assert_eq!(made, expected);
     }

@@ -40,7 +40,7 @@ impl Case {
         let object = json!({"metadata": {"uid": "u", "name": "p", "namespace": "n", "generation": 4},
             "spec": self.spec, "status": self.status});
         let pod = Pod::new(serde_json::from_value(object).unwrap(), PodSource::Api, Timestamp::UNIX_EPOCH).unwrap();
-        let container = Container { resources: self.resources.clone(), ..seen("c") };
+        let container = Container { id: "1".into(), resources: self.resources.clone(), ..seen("c") };
         let runtime = PodRuntime { containers: vec![container], ..PodRuntime::default() };
         let actuated: PodResources = serde_json::from_value(
             json!({"ContainerResources": {"c": self.actuated}, "PodLevelResources": self.spec["resources"]}),

@@ -164,6 +164,11 @@ impl FakeRuntime {
         lock(&self.shared.world).conditions = (runtime_ready, network_ready);
     }
 
+    /// What Status says of the runtime's features; nothing, unless set.
+    pub fn set_features(&self, features: v1::RuntimeFeatures) {
+        lock(&self.shared.world).features = Some(features);
+    }
+
     /// The container's first process ends by itself, now.
     pub fn exit(&self, container_id: &str, code: i32) {
         self.end(container_id, code, None);

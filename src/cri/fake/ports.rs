@@ -108,7 +108,12 @@ impl RuntimeService for FakeRuntime {
             ];
             let handlers = vec![v1::RuntimeHandler::default()];
             let status = Some(v1::RuntimeStatus { conditions });
-            Ok(v1::StatusResponse { status, runtime_handlers: handlers, ..Default::default() })
+            Ok(v1::StatusResponse {
+                status,
+                runtime_handlers: handlers,
+                features: world.features,
+                ..Default::default()
+            })
         })
         .await
     }

@@ -167,6 +167,7 @@ pub(super) struct World {
     pub(super) max_running: HashMap<(String, String), usize>,
     pub(super) max_ready: HashMap<String, usize>,
     pub(super) conditions: (bool, bool),
+    pub(super) features: Option<v1::RuntimeFeatures>,
     pub(super) streaming_url: String,
     /// Container name → bytes in use, for the stats.
     pub(super) memory_use: HashMap<String, u64>,

@@ -30,7 +30,7 @@ use rkubelet::{
     },
     pods::{Pod, PodSource, PodStore, PodUid, sources},
     probes::{ContainerVerdicts, NodeProbes, PodProbes, ProbeSettings, ProbeTarget},
-    resources::{LedgerParts, PodLedger, allocation::ResizePolicy},
+    resources::{LedgerParts, PodLedger, ResizeMetrics, allocation::ResizePolicy},
     rush::Rush,
     telemetry::WorkerMetrics,
     time::{Clock, Now},
@@ -184,6 +184,7 @@ impl Node {
             node: node.clone(),
             wakes: Arc::clone(&wakes),
             events: Arc::clone(&events),
+            metrics: ResizeMetrics::new(&registry).unwrap(),
             clock: Arc::clone(&clock),
         });
         tokio::spawn(ledger.clone().run(cancel.clone()));

@@ -231,46 +231,61 @@ fn stop_signal(container: &Container) -> Option<String> {
 }
 
 fn api_state(input: &StatusInput<'_>, container: &Container, old: Option<&ContainerStatus>) -> ApiState {
-    let id = format!("{}://{}", input.runtime_name, container.id);
+    let running = || ContainerStateRunning { started_at: time(container.started_at) };
     match container.state {
-        ContainerState::Running => ApiState {
-            running: Some(ContainerStateRunning { started_at: time(container.started_at) }),
-            ..Default::default()
-        },
+        ContainerState::Running => ApiState { running: Some(running()), ..Default::default() },
+        ContainerState::Exited if is_replaced(input, container) => {
+            ApiState { running: Some(running()), ..Default::default() }
+        }
         ContainerState::Created => waiting("", None),
         ContainerState::Unknown => match old.and_then(|o| o.state.as_ref()).and_then(|s| s.running.as_ref()) {
             Some(_) => unknown_end(LOST_AT_END),
             None => waiting("", None),
         },
-        ContainerState::Exited => {
-            let read = input.termination_messages.get(&container.id).filter(|m| !m.is_empty()).cloned();
-            // The file may be gone by now; what was published of this very container stays.
-            let published = || {
-                let ended = old.and_then(|o| o.state.as_ref()).and_then(|s| s.terminated.as_ref())?;
-                ended.message.clone().filter(|_| ended.container_id.as_deref() == Some(id.as_str()))
-            };
-            let runtime = || Some(container.message.clone()).filter(|m| !m.is_empty());
-            let ended = ContainerStateTerminated {
-                exit_code: container.exit_code,
-                reason: match container.oom_killed {
-                    true => Some(OOM_KILLED.to_owned()),
-                    false => Some(container.reason.clone()).filter(|r| !r.is_empty()),
-                },
-                message: read.or_else(published).or_else(runtime),
-                started_at: time(container.started_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
-                finished_at: time(container.finished_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
-                container_id: Some(id.clone()),
-                signal: None,
-            };
-            ApiState { terminated: Some(ended), ..Default::default() }
-        }
+        ContainerState::Exited => end_state(input, container, old),
     }
+}
+
+/// Of a container that has exited.
+fn end_state(input: &StatusInput<'_>, container: &Container, old: Option<&ContainerStatus>) -> ApiState {
+    let id = format!("{}://{}", input.runtime_name, container.id);
+    let read = input.termination_messages.get(&container.id).filter(|m| !m.is_empty()).cloned();
+    // The file may be gone by now; what was published of this very container stays.
+    let published = || {
+        let ended = old.and_then(|o| o.state.as_ref()).and_then(|s| s.terminated.as_ref())?;
+        ended.message.clone().filter(|_| ended.container_id.as_deref() == Some(id.as_str()))
+    };
+    let runtime = || Some(container.message.clone()).filter(|m| !m.is_empty());
+    let ended = ContainerStateTerminated {
+        exit_code: container.exit_code,
+        reason: match container.oom_killed {
+            true => Some(OOM_KILLED.to_owned()),
+            false => Some(container.reason.clone()).filter(|r| !r.is_empty()),
+        },
+        message: read.or_else(published).or_else(runtime),
+        started_at: time(container.started_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
+        finished_at: time(container.finished_at.or(Some(jiff::Timestamp::UNIX_EPOCH))),
+        container_id: Some(id.clone()),
+        signal: None,
+    };
+    ApiState { terminated: Some(ended), ..Default::default() }
+}
+
+/// It ended, and that is not its end: its successor is on the way. The API refuses to take an end back that the restart policy makes final.
+fn is_replaced(input: &StatusInput<'_>, container: &Container) -> bool {
+    container.state == ContainerState::Exited && input.replaced.contains(&container.id)
 }
 
 /// A container that will be started again shows why it is not yet (contract P-33).
 fn apply_waiting(input: &StatusInput<'_>, container: ContainerRef<'_>, status: &mut ContainerStatus) {
     let Some(reason) = input.waiting.get(container.name()) else { return };
     let state = status.state.get_or_insert_default();
+    let latest = input.runtime.and_then(|runtime| runtime.latest(container.name()));
+    if let Some(ended) = latest.filter(|latest| is_replaced(input, latest)) {
+        status.last_state = Some(end_state(input, ended, None));
+        status.state = Some(waiting(&reason.reason, Some(&reason.message)));
+        return;
+    }
     if state.running.is_some() {
         return;
     }
@@ -289,7 +304,8 @@ fn set_started_and_ready(input: &StatusInput<'_>, container: ContainerRef<'_>, s
         return;
     }
     let state = status.state.clone().unwrap_or_default();
-    let running = state.running.is_some();
+    let ended = input.runtime.and_then(|r| r.latest(container.name())).is_some_and(|latest| is_replaced(input, latest));
+    let running = state.running.is_some() && !ended;
     let id = status.container_id.as_deref().and_then(|id| id.split_once("://")).map(|(_, id)| id);
     let verdicts = input.verdicts.get(container.name()).filter(|v| Some(v.container_id.as_str()) == id);
     let started = running && verdicts.is_none_or(|v| v.startup == Startup::Started);

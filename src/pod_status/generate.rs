@@ -4,7 +4,7 @@
 //! keep their transition time while their status stays, other writers' conditions pass through untouched.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -45,6 +45,8 @@ pub struct StatusInput<'a> {
     pub started: Option<Timestamp>,
     pub verdicts: &'a HashMap<String, ContainerVerdicts>,
     pub waiting: &'a BTreeMap<String, WaitingReason>,
+    /// IDs of containers that are, or were, killed to be started again whatever their exit code.
+    pub replaced: &'a BTreeSet<String>,
     /// Container name → ID whose postStart hook has not returned.
     pub post_start: &'a HashMap<String, String>,
     /// By container ID.

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -58,6 +58,7 @@ impl Case {
             started: None,
             verdicts: &HashMap::new(),
             waiting: &BTreeMap::new(),
+            replaced: &BTreeSet::new(),
             post_start: &HashMap::new(),
             termination_messages: &HashMap::new(),
             node: &node,

@@ -1,6 +1,6 @@
 //! Statuses as tables: what the runtime, the last status and the pod say, and what the API is told.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as corev1;
@@ -29,6 +29,7 @@ struct Case {
     end: Option<EndCause>,
     verdicts: HashMap<String, ContainerVerdicts>,
     waiting: BTreeMap<String, WaitingReason>,
+    replaced: BTreeSet<String>,
     messages: HashMap<String, String>,
     node: NodeFacts,
     gates: LifecycleGates,
@@ -48,6 +49,7 @@ impl Case {
             end: None,
             verdicts: HashMap::new(),
             waiting: BTreeMap::new(),
+            replaced: BTreeSet::new(),
             messages: HashMap::new(),
             node,
             gates: LifecycleGates::default(),
@@ -71,6 +73,7 @@ impl Case {
             started: Some(Timestamp::from_second(1_000).unwrap()),
             verdicts: &self.verdicts,
             waiting: &self.waiting,
+            replaced: &self.replaced,
             post_start: &HashMap::new(),
             termination_messages: &self.messages,
             node: &self.node,
@@ -309,6 +312,28 @@ fn p35_all_messages_of_a_pod_share_12_kib() {
     let c = main_status(&alone.status(), "c");
     assert_eq!(c["state"]["terminated"]["message"].as_str().unwrap().len(), 4096);
     assert_eq!(c["lastState"]["terminated"]["message"].as_str().unwrap().len(), 4096);
+}
+
+#[test]
+fn p33_who_is_killed_to_be_started_again_is_never_shown_as_ended() {
+    // The API would refuse to take this end back (OnFailure, exit code 0).
+    let mut case = Case::new(json!({"restartPolicy": "OnFailure", "containers": [{"name": "c", "image": "i"}]}));
+    let before = case.runs([running("c", 0)]);
+    case = before;
+    case.step();
+    let killed = exited("c", 0, 0);
+    case.replaced.insert(killed.id.clone());
+    case = case.runs([killed]);
+    let status = case.step();
+    assert!(main_status(&status, "c")["state"]["running"].is_object());
+    assert_eq!(main_status(&status, "c")["ready"], json!(false));
+    assert_eq!((phase(&status), condition(&status, "Ready")["status"].as_str()), ("Running", Some("False")));
+    let reason = WaitingReason { reason: "CrashLoopBackOff".into(), message: "back-off".into() };
+    case.waiting.insert("c".into(), reason);
+    let status = case.step();
+    assert_eq!(main_status(&status, "c")["state"]["waiting"]["reason"], json!("CrashLoopBackOff"));
+    assert_eq!(main_status(&status, "c")["lastState"]["terminated"]["exitCode"], json!(0));
+    assert_eq!(phase(&status), "Running");
 }
 
 #[test]

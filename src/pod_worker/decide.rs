@@ -355,16 +355,20 @@ fn prune(view: &PodView<'_>, runtime: &PodRuntime, turn: &mut Turn) {
     }
 }
 
-/// Whether the container counts as started: postStart returned and the startup probe passed.
+/// Whether the container counts as started: postStart returned and the startup probe passed, of which nobody knows before it is followed.
 pub fn is_started(view: &PodView<'_>, container: &crate::cri::Container) -> bool {
     let post_start = view.history.containers.get(&container.name).and_then(|h| h.post_start_running.as_deref());
     if post_start == Some(container.id.as_str()) {
         return false;
     }
-    view.verdicts
-        .get(&container.name)
-        .filter(|v| v.container_id == container.id)
-        .is_none_or(|v| v.startup == crate::probes::Startup::Started)
+    match view.verdicts.get(&container.name).filter(|v| v.container_id == container.id) {
+        Some(verdicts) => verdicts.startup == crate::probes::Startup::Started,
+        None => {
+            let pod = view.desired.is().or(view.history.pod.as_ref());
+            let spec = pod.and_then(|pod| pod.container(&container.name)).map(|c| c.spec);
+            spec.is_none_or(|spec| spec.startup_probe.is_none())
+        }
+    }
 }
 
 /// Sidecars from last to first get rank 1, 2, …; everything else 0 (contract P-31).

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     actions::Action,
-    view::{EndCause, KillOrder, Known, Phase, Target},
+    view::{EndCause, KillOrder, Known, Phase, StartFailure, Target, WaitingReason},
     world::{Fate, World, pod, pod_with},
 };
 use crate::{
@@ -164,6 +164,46 @@ fn b07_a_dead_container_is_killed_and_restarted_by_policy() {
         assert!(world.log.contains(&message.to_owned()), "{:?}", world.log);
         assert_eq!(world.running().contains(&"a"), restarted, "{policy}");
     }
+}
+
+#[test]
+fn p21_a_sidecar_with_a_startup_probe_has_not_started_before_the_probe_is_followed() {
+    let sidecar =
+        json!({"name": "s", "image": "i", "restartPolicy": "Always", "startupProbe": {"tcpSocket": {"port": 1}}});
+    let spec = json!({"initContainers": [sidecar], "containers": [{"name": "a", "image": "i"}]});
+    let mut world = World::new(pod(spec));
+    world.settle();
+    assert_eq!(world.running(), ["s"]);
+    world.verdict("s", Liveness::Alive, Startup::Pending);
+    world.settle();
+    assert_eq!(world.running(), ["s"]);
+    world.verdict("s", Liveness::Alive, Startup::Started);
+    world.settle();
+    assert_eq!(world.running(), ["a", "s"]);
+}
+
+#[test]
+fn p25_what_a_failed_hook_left_behind_waits_for_the_crash_back_off_and_no_longer() {
+    let mut world = simple("Always");
+    world.settle();
+    let fail = |world: &mut World| {
+        world.exit("a", 137);
+        let waiting = WaitingReason { reason: "PostStartHookError".into(), message: "no".into() };
+        let retry_at = Some(world.now().mono + Duration::from_secs(1000));
+        world.history.containers.entry("a".into()).or_default().start_failure =
+            Some(StartFailure { waiting, retry_at, generation: 1 });
+        world.turn()
+    };
+    let turn = fail(&mut world);
+    assert!(matches!(turn.actions.as_slice(), [Action::StartContainer { .. }]), "the first time at once: {turn:?}");
+    world.settle();
+    let turn = fail(&mut world);
+    assert!(turn.actions.is_empty());
+    assert_eq!(turn.waiting["a"].reason, "CrashLoopBackOff");
+    assert!(turn.notes.iter().any(|note| note.reason == "BackOff"));
+    world.pass(Duration::from_secs(11));
+    world.settle();
+    assert!(world.running().contains(&"a"));
 }
 
 #[test]

@@ -323,7 +323,8 @@ fn act<'a, 'p>(
         Need::Start { after } => candidates.push((container, after)),
         Need::Kill { container: running, message, grace, then } => {
             let restart = then != AfterKill::ByPolicy || restarts_after_kill(pod, container, rules.gates);
-            let told = restart && then != AfterKill::Resized;
+            // Of sidecars upstream says only what happened.
+            let told = restart && then != AfterKill::Resized && container.kind != ContainerKind::Sidecar;
             let message = if told { format!("{message}, will be restarted") } else { message };
             let grace = grace.map_or_else(|| pod.termination_grace(), |s| Duration::from_secs(s.max(0) as u64));
             let container =
@@ -344,8 +345,10 @@ fn may_start(
 ) -> bool {
     let name = container.name();
     let Some(history) = view.history.containers.get(name) else { return true };
+    let ended = after.filter(|c| c.state == ContainerState::Exited);
     if let Some(failure) = &history.start_failure
         && failure.generation == pod.generation()
+        && !(failure.left_a_container() && ended.is_some())
     {
         match failure.retry_at {
             Some(at) if at <= view.now.mono => {}
@@ -356,7 +359,7 @@ fn may_start(
             None => return false,
         }
     }
-    let Some(ended) = after.filter(|c| c.state == ContainerState::Exited) else { return true };
+    let Some(ended) = ended else { return true };
     let hash = (rules.hash)(container.spec);
     let finished = finished_at(ended, view.now);
     let Some((until, delay)) = history.backoff.waits_until(rules.backoff, &hash, finished, view.now.mono) else {

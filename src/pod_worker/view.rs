@@ -153,6 +153,13 @@ pub struct StartFailure {
     pub generation: i64,
 }
 
+impl StartFailure {
+    /// It failed with a container in the runtime, whose end the crash back-off counts like any other.
+    pub fn left_a_container(&self) -> bool {
+        matches!(self.waiting.reason.as_str(), "RunContainerError" | "PostStartHookError")
+    }
+}
+
 /// What the worker remembers of one container. Lost with the agent process, but for what the runtime's annotations and the
 /// API status hold (see `docs/architecture.md`, "where facts live").
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -1,7 +1,7 @@
 //! One worker: the loop around [`decide`](super::decide::decide), and the shell that reads its view and carries out its turn.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -251,7 +251,7 @@ impl Worker {
             self.read_termination_messages(runtime).await;
         }
         let node = self.parts.node.borrow().clone();
-        let verdicts = self.parts.probes.verdicts(&self.uid);
+        let mut verdicts = self.parts.probes.verdicts(&self.uid);
         let order = self.slot.order();
         let actuated = self.parts.ledger.actuated(&self.uid);
         let view = PodView {
@@ -271,12 +271,13 @@ impl Worker {
             acknowledged: self.parts.publisher.acknowledged(&self.uid),
         };
         let mut turn = decide(&view, &self.parts.settings.rules);
-        let settled = turn.phase == self.history.phase;
         self.report_resize(&view, turn.phase);
         let runtime = view.runtime.is().cloned();
         let pod = view.desired.is().cloned();
         self.track_probes(pod.as_ref(), runtime.as_deref(), &node, &turn);
-        let verdicts = self.parts.probes.verdicts(&self.uid);
+        let known = std::mem::replace(&mut verdicts, self.parts.probes.verdicts(&self.uid));
+        // Who is started is known only once its probes are.
+        let settled = turn.phase == self.history.phase && verdicts == known;
         if turn.phase >= Phase::Terminated {
             // Before the API hears of it: whoever takes the place must find it free.
             self.parts.admission.release(&self.uid);
@@ -456,6 +457,7 @@ impl Worker {
             .iter()
             .filter_map(|(name, h)| Some((name.clone(), h.post_start_running.clone()?)))
             .collect();
+        let replaced = self.replaced();
         let (resize, actuated) = (self.parts.ledger.conditions(&self.uid), self.parts.ledger.actuated(&self.uid));
         let status = pod_status::generate(&StatusInput {
             now,
@@ -472,6 +474,7 @@ impl Worker {
             started: self.history.started,
             verdicts,
             waiting: &turn.waiting,
+            replaced: &replaced,
             post_start: &post_start,
             termination_messages: &self.history.termination_messages,
             node,
@@ -485,6 +488,15 @@ impl Worker {
         if turn.phase >= Phase::Terminated {
             self.history.terminal_version = Some(version);
         }
+    }
+
+    /// Who is, or was, killed to be started again.
+    fn replaced(&self) -> BTreeSet<String> {
+        let being_killed = self.actions.values().filter_map(|action| match action {
+            Action::KillContainer { container, restart: true, .. } => Some(container.id.clone()),
+            _ => None,
+        });
+        being_killed.chain(self.history.containers.values().filter_map(|h| h.restart_of.clone())).collect()
     }
 
     /// The pod's start latency, once.

@@ -1,7 +1,5 @@
 //! The statuses of a pod's containers (contract P-34, P-42). Pure.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::api::core::v1::{
     ContainerState as ApiState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
     ContainerStatus, ContainerUser, ImageVolumeStatus, LinuxContainerUser, PodStatus, VolumeMountStatus, VolumeStatus,
@@ -354,27 +352,39 @@ fn volume_mounts(container: ContainerRef<'_>) -> Option<Vec<VolumeMountStatus>> 
     Some(list).filter(|l| !l.is_empty())
 }
 
-/// Nothing runs any more: containers that once ran and left no trace have ended too (contract P-34, P-40).
+/// Nothing runs any more: containers that may have run and left no trace have ended too (contract P-34, P-40).
 pub(super) fn force_terminal(input: &StatusInput<'_>, status: &mut PodStatus) {
-    let evident = |s: &ContainerStatus| {
-        let state = s.state.clone().unwrap_or_default();
-        state.running.is_some()
-            || state.terminated.is_some()
-            || s.last_state.as_ref().is_some_and(|l| l.terminated.is_some())
-    };
-    let kinds: BTreeMap<&str, ContainerKind> = input.pod.init_containers().map(|c| (c.name(), c.kind)).collect();
-    let init_done = status.init_container_statuses.iter().flatten().all(|s| {
-        kinds.get(s.name.as_str()) == Some(&ContainerKind::Sidecar)
-            || s.state.as_ref().and_then(|s| s.terminated.as_ref()).is_some_and(|t| t.exit_code == 0)
-    });
-    let mains_evident = status.container_statuses.iter().flatten().any(evident);
-    let has_init = !kinds.is_empty();
-    if mains_evident || init_done || !has_init {
+    if was_initialized(input.pod) {
         status.container_statuses.iter_mut().flatten().for_each(end_unless_ended);
     }
     let inits = status.init_container_statuses.iter_mut().flatten().collect::<Vec<_>>();
-    let last_evident = inits.iter().rposition(|s| evident(s)).map_or(0, |i| i + 1);
-    inits.into_iter().take(last_evident).for_each(end_unless_ended);
+    // Of the init containers the first is taken to have been tried in any case.
+    let last_tried = inits.iter().rposition(|s| tried(s)).unwrap_or(0);
+    inits.into_iter().take(last_tried + 1).for_each(end_unless_ended);
+}
+
+fn tried(status: &ContainerStatus) -> bool {
+    let waits = status.state.as_ref().is_some_and(|s| s.waiting.is_some());
+    !waits || status.last_state.as_ref().is_some_and(|l| l.terminated.is_some())
+}
+
+/// By what the API holds: a main container was ever tried, or the last init container was done.
+fn was_initialized(pod: &Pod) -> bool {
+    let Some(last) = pod.init_containers().last() else { return true };
+    let status = pod.api_status();
+    if status.container_statuses.iter().flatten().any(tried) {
+        return true;
+    }
+    let Some(held) = status.init_container_statuses.iter().flatten().find(|s| s.name == last.name()) else {
+        return false;
+    };
+    let done = |s: &Option<ApiState>| s.as_ref().and_then(|s| s.terminated.as_ref()).is_some_and(|t| t.exit_code == 0);
+    match last.kind {
+        ContainerKind::Sidecar => {
+            held.started == Some(true) && held.state.as_ref().is_some_and(|s| s.running.is_some())
+        }
+        _ => done(&held.last_state) || done(&held.state),
+    }
 }
 
 fn end_unless_ended(status: &mut ContainerStatus) {

@@ -78,7 +78,9 @@ pub fn generate(input: &StatusInput<'_>) -> corev1::PodStatus {
     status.ephemeral_container_statuses = Some(containers::ephemeral_statuses(input)).filter(|l| !l.is_empty());
     set_phase(input, &mut status);
     containers::share_messages(input.pod, &mut status);
+    // Of the end as it was seen: what is missing is called lost only afterwards, as upstream does.
     status.conditions = Some(conditions::generate(input, &status));
+    end_for_good(input, &mut status);
     set_addresses(input, &mut status);
     resources::pod(input, &mut status);
     status
@@ -100,19 +102,25 @@ fn rejected(input: &StatusInput<'_>, rejection: &Rejection) -> corev1::PodStatus
 }
 
 /// Phase, reason and message; terminal only when nothing can run any more, and then for good (contract P-40).
+/// Nothing runs any more, and nothing will: containers have ended, and so has the pod (contract P-40).
+fn end_for_good(input: &StatusInput<'_>, status: &mut corev1::PodStatus) {
+    if input.phase < Phase::Terminated {
+        return;
+    }
+    containers::force_terminal(input, status);
+    if !input.pod.is_static() && !status.phase.as_deref().is_some_and(phase::is_terminal) {
+        status.phase = Some("Failed".to_owned());
+    }
+}
+
 fn set_phase(input: &StatusInput<'_>, status: &mut corev1::PodStatus) {
     let terminated = input.phase >= Phase::Terminated;
     let last = input.last.phase.as_deref().or(input.pod.api_status().phase.as_deref()).unwrap_or("Pending");
-    if terminated {
-        containers::force_terminal(input, status);
-    }
     let mut phase = phase::phase(input, status, terminated);
     if phase::is_terminal(last) {
         phase = if last == "Failed" { "Failed" } else { "Succeeded" };
     } else if terminated && !input.pod.is_static() {
         if let Some(EndCause::Ordered(_) | EndCause::Rejected(_)) = input.end {
-            phase = "Failed";
-        } else if !phase::is_terminal(phase) {
             phase = "Failed";
         }
     } else if phase::is_terminal(phase) {

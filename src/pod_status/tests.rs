@@ -337,6 +337,32 @@ fn p33_who_is_killed_to_be_started_again_is_never_shown_as_ended() {
 }
 
 #[test]
+fn p40_p41_a_pod_deleted_before_its_mains_were_up_has_failed_and_says_what_was_not_ready() {
+    let spec = json!({"initContainers": [{"name": "i", "image": "i"}], "containers": [{"name": "c", "image": "i"}]});
+    let waiting = |name: &str| {
+        json!({"name": name, "state": {"waiting": {"reason": "PodInitializing"}},
+        "image": "", "imageID": "", "ready": false, "restartCount": 0})
+    };
+    let running =
+        json!({"name": "i", "state": {"running": {}}, "image": "", "imageID": "", "ready": false, "restartCount": 0});
+    let held = json!({"phase": "Pending", "initContainerStatuses": [running], "containerStatuses": [waiting("c")]});
+    // Asked to stop, the init container ended well; the API never heard that it was done.
+    let mut case = Case::of(json!({}), spec.clone(), held).runs([exited("i", 0, 0)]);
+    case.phase = Phase::Terminated;
+    let status = case.status();
+    assert_eq!(phase(&status), "Failed");
+    assert_eq!(main_status(&status, "c")["state"]["waiting"]["reason"], json!("PodInitializing"));
+    assert_eq!(condition(&status, "Ready")["reason"], json!("ContainersNotReady"));
+    assert_eq!(condition(&status, "Ready")["message"], json!("containers with unready status: [c]"));
+
+    let held = json!({"phase": "Pending", "containerStatuses": [waiting("c")], "initContainerStatuses": [{"name": "i",
+        "state": {"terminated": {"exitCode": 0}}, "image": "", "imageID": "", "ready": true, "restartCount": 0}]});
+    let mut case = Case::of(json!({}), spec, held).runs([exited("i", 0, 0)]);
+    case.phase = Phase::Terminated;
+    assert_eq!(main_status(&case.status(), "c")["state"]["terminated"]["reason"], json!("ContainerStatusUnknown"));
+}
+
+#[test]
 fn p40_a_terminal_phase_is_never_left_and_what_runs_is_never_called_ended() {
     let never = json!({"restartPolicy": "Never", "containers": [{"name": "c", "image": "c:1"}]});
     for (last, end, container, worker, want) in [

@@ -295,6 +295,11 @@ impl Start<'_> {
         if self.context.cancel.is_cancelled() {
             return Err(Stop::Abandoned);
         }
+        // Before it runs, or it would be shown as running until the hook is known of.
+        if self.container.spec.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()) {
+            let container = self.container.name().to_owned();
+            self.context.slot.progress(Progress::PostStart { container, id: id.to_owned() });
+        }
         let (runtime, owned) = (Arc::clone(&self.context.parts.runtime), id.to_owned());
         let started = self.context.gated(async move { runtime.start_container(&owned).await }).await;
         started.ok_or(Stop::Abandoned)?.map_err(|e| self.runtime_failed("RunContainerError", e.message))?;
@@ -319,8 +324,6 @@ impl Start<'_> {
         let Some(handler) = self.container.spec.lifecycle.as_ref().and_then(|l| l.post_start.clone()) else {
             return Ok(());
         };
-        let name = self.container.name().to_owned();
-        self.context.slot.progress(Progress::PostStart { container: name, id: id.to_owned() });
         let hook_context = HookContext {
             pod: self.pod.clone(),
             container: self.container.spec.clone(),

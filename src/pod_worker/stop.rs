@@ -148,7 +148,8 @@ fn pod_of(context: &ActionContext, container: &ContainerToStop) -> Option<Pod> {
     context.pod.clone().or_else(remembered)
 }
 
-/// Runs the container's preStop hook inside the grace period; a hook that is still running then is left to itself.
+/// Runs the container's preStop hook inside the grace period; a hook that is still running then is left to itself, and its failure (its
+/// container is killed) is told when it comes.
 async fn pre_stop(context: &ActionContext, pod: Pod, container: &ContainerToStop, deadline: Instant) {
     let Some(spec) = pod.container(&container.name).map(|c| c.spec.clone()) else { return };
     let Some(handler) = spec.lifecycle.as_ref().and_then(|l| l.pre_stop.clone()) else { return };
@@ -167,17 +168,16 @@ async fn pre_stop(context: &ActionContext, pod: Pod, container: &ContainerToStop
         metrics: Arc::clone(&context.parts.metrics),
     };
     let hook = hooks::spawn(handler, hook_context);
-    match tokio::time::timeout(left, hook).await {
-        Ok(Ok(Err(error))) => {
-            tracing::warn!(pod.uid = %context.uid, container = container.name, %error, "PreStop hook failed");
-            if let Some(regarding) = regarding {
-                let message = "PreStopHook failed".to_owned();
-                context.parts.events.event(regarding, EventType::Warning, "FailedPreStopHook", message);
-            }
+    let (uid, name, events) = (context.uid.clone(), container.name.clone(), Arc::clone(&context.parts.events));
+    let told = tokio::spawn(async move {
+        let Ok(Err(error)) = hook.await else { return };
+        tracing::warn!(pod.uid = %uid, container = name, %error, "PreStop hook failed");
+        if let Some(regarding) = regarding {
+            let message = "PreStopHook failed".to_owned();
+            events.event(regarding, EventType::Warning, "FailedPreStopHook", message);
         }
-        Ok(_) => {}
-        Err(_) => {
-            tracing::info!(pod.uid = %context.uid, container = container.name, "PreStop hook did not end within the grace period")
-        }
+    });
+    if tokio::time::timeout(left, told).await.is_err() {
+        tracing::info!(pod.uid = %context.uid, container = container.name, "PreStop hook did not end within the grace period");
     }
 }

@@ -33,6 +33,9 @@ pub struct Rules {
     pub gates: LifecycleGates,
 }
 
+/// Ended containers that a name keeps while its pod runs, as upstream does when the next one ends.
+const DEAD_KEPT: usize = 1;
+
 /// The answer to one view.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Turn {
@@ -328,7 +331,7 @@ fn still_running(runtime: &PodRuntime, grace: Duration) -> Vec<ContainerToStop> 
         .collect()
 }
 
-/// Keeps the two newest containers of each name (state and lastState) and the newest sandbox.
+/// Keeps of each name what runs and the newest that ended (state and lastState), and the newest sandbox.
 fn prune(view: &PodView<'_>, runtime: &PodRuntime, turn: &mut Turn) {
     if view.in_flight.contains_key(&Target::Prune) {
         return;
@@ -340,7 +343,8 @@ fn prune(view: &PodView<'_>, runtime: &PodRuntime, turn: &mut Turn) {
     let mut dead = Vec::new();
     for list in by_name.values_mut() {
         list.sort_by_key(|c| std::cmp::Reverse((c.attempt, c.created_at)));
-        dead.extend(list.iter().skip(2).filter(|c| c.state != ContainerState::Running).map(|c| c.id.clone()));
+        let ended = list.iter().filter(|c| c.state == ContainerState::Exited);
+        dead.extend(ended.skip(DEAD_KEPT).map(|c| c.id.clone()));
     }
     let latest = runtime.latest_sandbox().map(|s| s.id.as_str());
     let sandboxes: Vec<String> = runtime

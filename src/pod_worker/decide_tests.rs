@@ -198,7 +198,7 @@ fn p25_what_a_failed_hook_left_behind_waits_for_the_crash_back_off_and_no_longer
     assert!(matches!(turn.actions.as_slice(), [Action::StartContainer { .. }]), "the first time at once: {turn:?}");
     world.settle();
     let turn = fail(&mut world);
-    assert!(turn.actions.is_empty());
+    assert!(!turn.actions.iter().any(|action| matches!(action, Action::StartContainer { .. })));
     assert_eq!(turn.waiting["a"].reason, "CrashLoopBackOff");
     assert!(turn.notes.iter().any(|note| note.reason == "BackOff"));
     world.pass(Duration::from_secs(11));

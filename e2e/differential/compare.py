@@ -42,11 +42,8 @@ def _meets_its_end(path: str, theirs: object, ours: object, plan: Plan) -> bool:
 EXPLAINED: tuple[Explanation, ...] = (
     Explanation(re.compile("events / Warning Unhealthy .*", re.DOTALL), _meets_its_end,
                 "a probe that was under way when its container ended fails or not by chance, on either agent"),
-    Explanation(re.compile(r"(at stage|final) / ((initC|c)ontainerStatuses / \S+ / )?resources"),
-                lambda _path, theirs, ours, _plan: (theirs, ours) == ({}, ABSENT),
-                "the Go kubelet writes `resources: {}` where no container asks for any; to clients that is the same as none"),
     Explanation(re.compile(r"(at stage|final) / resources"),
-                lambda _path, theirs, ours, _plan: (theirs, ours) == (UNLIMITED_ON_CGROUP_V1, ABSENT),
+                lambda _path, theirs, ours, _plan: theirs == UNLIMITED_ON_CGROUP_V1 and ours in ({}, ABSENT),
                 "on cgroup v1 the Go kubelet shows the kernel's number for an unlimited pod as a limit"),
 )
 

@@ -212,7 +212,7 @@ fn observed_status(
         state: Some(if post_start { default_waiting(input) } else { api_state(input, latest, old) }),
         last_state: Some(last_state),
         volume_mounts: mounted(input, container, latest, old),
-        resources: resources::container(input, container.spec.resources.as_ref(), latest, old),
+        resources: Some(resources::container(input, container.spec.resources.as_ref(), latest, old)),
         allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
         stop_signal: stop_signal(latest).filter(|_| input.gates.stop_signals),
         user: latest.user.as_ref().map(|(uid, gid, groups)| ContainerUser {

@@ -50,11 +50,14 @@ pub(super) fn same(a: &PodStatus, b: &PodStatus) -> bool {
     normal(serde_json::to_value(a).unwrap_or_default()) == normal(serde_json::to_value(b).unwrap_or_default())
 }
 
+/// Maps that mean something when they are empty: a container's state, and resources without any request or limit.
+const TELLING_MAPS: [&str; 4] = ["running", "waiting", "terminated", "resources"];
+
 /// Drops null, empty strings, empty lists and empty maps from a map's fields, at every depth. A map that stands in a list, or that
-/// is a container state, may itself be empty and means something.
+/// is one of [`TELLING_MAPS`], may itself be empty.
 fn normal(value: Value) -> Map<String, Value> {
     let Value::Object(map) = value else { return Map::new() };
-    map.into_iter().filter_map(|(key, value)| Some((key, normal_field(value)?))).collect()
+    map.into_iter().filter_map(normal_inner).collect()
 }
 
 fn normal_field(value: Value) -> Option<Value> {
@@ -72,9 +75,7 @@ fn normal_field(value: Value) -> Option<Value> {
 
 fn normal_inner((key, value): (String, Value)) -> Option<(String, Value)> {
     match value {
-        Value::Object(map) if map.is_empty() && matches!(key.as_str(), "running" | "waiting" | "terminated") => {
-            Some((key, Value::Object(map)))
-        }
+        Value::Object(map) if map.is_empty() && TELLING_MAPS.contains(&key.as_str()) => Some((key, Value::Object(map))),
         other => Some((key, normal_field(other)?)),
     }
 }
@@ -278,6 +279,18 @@ mod tests {
         assert_eq!(patch(json!({"phase": "Running"}), json!({"phase": "Running", "conditions": target})), None);
         let ended = patch(json!({"phase": "Running"}), json!({"phase": "Failed", "conditions": target})).unwrap();
         assert_eq!(ended["conditions"], target);
+    }
+
+    #[test]
+    fn p44_empty_resources_are_told() {
+        let of = |resources: Value| {
+            json!({"phase": "Running", "containerStatuses": [{"name": "c", "image": "", "imageID": "", "ready": true,
+                "restartCount": 0, "resources": resources}], "resources": resources})
+        };
+        let sent = patch(of(Value::Null), of(json!({}))).unwrap();
+        assert_eq!(sent["containerStatuses"][0]["resources"], json!({}));
+        assert_eq!(sent["resources"], json!({}));
+        assert_eq!(patch(of(json!({})), of(json!({}))), None);
     }
 
     #[test]

@@ -63,12 +63,11 @@ pub(super) fn container(
     allocated: Option<&ResourceRequirements>,
     latest: &Container,
     old: Option<&ContainerStatus>,
-) -> Option<ResourceRequirements> {
-    let mut shown = allocated.cloned();
+) -> ResourceRequirements {
+    let mut resources = allocated.cloned().unwrap_or_default();
     if latest.state != ContainerState::Running {
-        return shown;
+        return resources;
     }
-    let resources = shown.get_or_insert_default();
     let said = Said::of(latest, input.resources.actuated.containers.get(&latest.name));
     let id = format!("{}://{}", input.runtime_name, latest.id);
     let before = old
@@ -99,7 +98,7 @@ pub(super) fn container(
         put(requests, CPU, said.cpu_request, LEAST_MILLI_REQUEST, earlier);
         put(requests, MEMORY, said.memory_request, 0, earlier);
     }
-    shown
+    resources
 }
 
 /// What is known to be in force.

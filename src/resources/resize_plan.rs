@@ -39,9 +39,10 @@ pub enum ContainerNeed {
     },
 }
 
-/// `actuated`: what is in force; a container without a record has what it is allocated. Init containers that run once are never touched.
+/// `actuated`: what is in force; a container without a record has what it is allocated. An init container that runs once is never
+/// restarted for its size.
 pub fn container_need(pod: &Pod, container: ContainerRef<'_>, actuated: &PodResources) -> ContainerNeed {
-    if !matches!(container.kind, ContainerKind::Main | ContainerKind::Sidecar) {
+    if container.kind == ContainerKind::Ephemeral {
         return ContainerNeed::Keep;
     }
     let to = ContainerSize::of(container.spec.resources.as_ref(), pod.spec().resources.as_ref());
@@ -55,7 +56,8 @@ pub fn container_need(pod: &Pod, container: ContainerRef<'_>, actuated: &PodReso
         (CPU, (from.cpu_request, from.cpu_limit) != (to.cpu_request, to.cpu_limit)),
         (MEMORY, (from.memory_request, from.memory_limit) != (to.memory_request, to.memory_limit)),
     ];
-    let restart = |spec: &Container| changes.iter().any(|(name, changes)| *changes && restarts_on(spec, name));
+    let once = container.kind == ContainerKind::Init;
+    let restart = |spec: &Container| !once && changes.iter().any(|(name, changes)| *changes && restarts_on(spec, name));
     if restart(container.spec) { ContainerNeed::Restart } else { ContainerNeed::Update { from, to } }
 }
 
@@ -361,17 +363,19 @@ mod tests {
     }
 
     #[test]
-    fn p74_init_containers_that_run_once_are_left_alone_sidecars_are_not() {
+    fn p74_init_containers_are_resized_too_and_those_that_run_once_are_never_restarted_for_it() {
         let spec = |cpu: &str| {
             let asks = json!({"requests": {"cpu": cpu}});
-            pod(json!({"initContainers": [{"name": "i", "resources": asks},
-                {"name": "s", "restartPolicy": "Always", "resources": asks}], "containers": [{"name": "c"}]}))
+            let policy = json!([{"resourceName": "cpu", "restartPolicy": "RestartContainer"}]);
+            pod(json!({"initContainers": [{"name": "i", "resources": asks, "resizePolicy": policy},
+                {"name": "s", "restartPolicy": "Always", "resources": asks, "resizePolicy": policy}],
+                "containers": [{"name": "c"}]}))
         };
         let in_force = PodResources::of(&spec("1"), true);
         let pod = spec("2");
         let needs: Vec<_> = pod.init_containers().map(|c| container_need(&pod, c, &in_force)).collect();
-        assert_eq!(needs[0], ContainerNeed::Keep);
-        assert!(matches!(needs[1], ContainerNeed::Update { .. }));
+        assert!(matches!(needs[0], ContainerNeed::Update { .. }));
+        assert_eq!(needs[1], ContainerNeed::Restart);
     }
 
     #[test]

@@ -146,7 +146,8 @@ fn missing_status(
     let created = input
         .runtime
         .is_some_and(|r| r.latest_sandbox().is_some_and(|sandbox| start_order::initialized(input.pod, r, sandbox)));
-    if container.kind == ContainerKind::Init && created {
+    // One that was removed to begin anew is not taken for done: it would be counted as removed once more.
+    if container.kind == ContainerKind::Init && created && !restarting_all(input) {
         let ended = ContainerStateTerminated {
             reason: Some("Completed".into()),
             message: Some(INIT_LOST.into()),

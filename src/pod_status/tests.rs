@@ -363,6 +363,21 @@ fn p40_p41_a_pod_deleted_before_its_mains_were_up_has_failed_and_says_what_was_n
 }
 
 #[test]
+fn p36_a_container_removed_to_begin_anew_is_counted_once_while_others_are_still_there() {
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]);
+    let spec = json!({"restartPolicy": "Never", "initContainers": [{"name": "i", "image": "i"}],
+        "containers": [{"name": "c", "image": "i", "restartPolicy": "Never", "restartPolicyRules": rules}]});
+    let mut case = Case::new(spec).runs([exited("i", 0, 0), exited("c", 0, 42)]);
+    case.step();
+    case = case.runs([exited("c", 0, 42)]);
+    for _ in 0..5 {
+        let init = main_status(&case.step(), "i");
+        assert_eq!(init["restartCount"], json!(1));
+        assert!(init["state"]["waiting"].is_object(), "{init}");
+    }
+}
+
+#[test]
 fn p40_a_terminal_phase_is_never_left_and_what_runs_is_never_called_ended() {
     let never = json!({"restartPolicy": "Never", "containers": [{"name": "c", "image": "c:1"}]});
     for (last, end, container, worker, want) in [
